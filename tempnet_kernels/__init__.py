@@ -1,0 +1,7 @@
+"""Losses with a learned temperature: Triton, CUDA C++ and CPU C++ kernels behind PyTorch autograd functions."""
+
+from tempnet_kernels import nn
+from tempnet_kernels.dro_cross_entropy import TokenStats, dro_cross_entropy
+
+__version__ = "0.1.0"
+__all__ = ["TokenStats", "dro_cross_entropy", "nn"]

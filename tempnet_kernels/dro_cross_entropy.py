@@ -1,0 +1,443 @@
+"""Token loss with a temperature per row: schema, autograd, public function.
+
+For a row of logits z (V columns), target y and temperature tau, with x = z / tau and p = softmax(x):
+
+    loss   = tau * (logsumexp(x) + rho - log V) - z_y
+    d loss / d z   = p - onehot(y)
+    d loss / d tau = rho - KL(p || uniform)
+
+Qiu et al., "To Cool or not to Cool? Temperature Network Meets Large Foundation Models via DRO", ICML 2024.
+"""
+
+import functools
+import math
+from typing import NamedTuple
+
+import torch
+
+from tempnet_kernels import _register
+
+# The faster backend per device type. On CUDA there is no native kernel yet.
+AUTO = {"cpu": "native", "cuda": "triton"}
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+_REDUCTIONS = ("mean", "sum", "none")
+
+# Rows of the per-row result of the forward ops, [6, N] in the accumulation dtype (MATH.md letters). `m` and `log2_s` are
+# the base-2 state of the row; `grad_tau` is already multiplied by the row's scale.
+LOSS, GRAD_TAU, M, LOG2_S, ENTROPY, LOG_PROB = range(6)
+ROWS = 6
+
+
+class TokenStats(NamedTuple):
+    """Detached statistics per row, each of the target's shape.
+
+    Ignored rows hold NaN (argmax -1), and so does a row without a finite softmax.
+    """
+
+    lse: torch.Tensor  # logsumexp(z / tau), in nats
+    entropy: torch.Tensor  # of p = softmax(z / tau), in nats, in [0, log V]
+    kl: torch.Tensor  # KL(p || uniform) = log V - entropy, in nats
+    log_prob: torch.Tensor  # log p of the target
+    argmax: torch.Tensor  # int64, the first column that holds the largest logit
+
+
+def accumulation_dtype(dtype):
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _fake_fwd(
+    logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_grad, want_argmax
+):
+    n, v = logits.shape
+    loss, rows, argmax = _fake_fwd_(
+        logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_argmax
+    )
+    return logits.new_empty((n if want_grad else 0, v)), loss, rows, argmax
+
+
+def _fake_fwd_(logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_argmax):
+    n = logits.shape[0]
+    acc = accumulation_dtype(logits.dtype)
+    return (
+        logits.new_empty((n,), dtype=acc),
+        logits.new_empty((ROWS, n), dtype=acc),
+        logits.new_empty((n if want_argmax else 0,), dtype=torch.int64),
+    )
+
+
+def _fake_bwd(logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss):
+    return logits.new_empty(logits.shape)
+
+
+# logits [N, V] with column stride 1; target [N] int32 or int64; tau and scale [N] in the accumulation dtype, any stride.
+# scale is the row's weight over the normaliser. A row with target == ignore_index is not read; one with scale 0 has
+# loss and gradients exactly 0. Returns (grad_logits, scale * loss, rows, argmax); grad_logits is scale * (c p - q) but
+# for float16, where it is c p - q: p / N underflows and the backward multiplies instead.
+_register.define(
+    "dro_cross_entropy_fwd(Tensor logits, Tensor target, Tensor tau, Tensor scale, float rho, int ignore_index, "
+    "float label_smoothing, float z_loss, bool want_grad, bool want_argmax) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_fwd,
+    "dro_cross_entropy",
+)
+# The same, with grad_logits in the storage of the logits.
+_register.define(
+    "dro_cross_entropy_fwd_(Tensor(a!) logits, Tensor target, Tensor tau, Tensor scale, float rho, int ignore_index, "
+    "float label_smoothing, float z_loss, bool want_argmax) -> (Tensor, Tensor, Tensor)",
+    _fake_fwd_,
+    "dro_cross_entropy",
+)
+# grad_logits = scale * (c p - q) in one visit, from the state in rows; scaled for every dtype.
+_register.define(
+    "dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows, int ignore_index, "
+    "float label_smoothing, float z_loss) -> Tensor",
+    _fake_bwd,
+    "dro_cross_entropy",
+)
+# grad[i] *= scale[i]; a row whose scale is 1 is not touched, one whose scale is 0 becomes exactly 0.
+_register.define(
+    "scale_rows_(Tensor(a!) grad, Tensor scale) -> ()",
+    lambda grad, scale: None,
+    "dro_cross_entropy",
+)
+_register.load_native()
+
+
+def _op(name, backend):
+    return getattr(getattr(torch.ops.tempnet, name), backend)
+
+
+def _once_differentiable(backward):
+    """torch's decorator of that name lets ``create_graph=True`` pass where the upstream gradient is a constant."""
+    first_order = torch.autograd.function.once_differentiable(backward)
+
+    @functools.wraps(backward)
+    def checked(ctx, *grads):
+        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+            # torch.func.grad always asks for a graph; only a second level of it would use one.
+            level = torch._C._functorch.maybe_current_level()
+            if level is None or level > 1:
+                raise RuntimeError(
+                    "dro_cross_entropy: there is no second derivative (create_graph=True or nested "
+                    "torch.func transforms)"
+                )
+        return first_order(ctx, *grads)
+
+    return checked
+
+
+class _DROCrossEntropy(torch.autograd.Function):
+    """(logits [N, V], tau [N], scale [N]) -> scale * loss [N], and rows and argmax without a gradient."""
+
+    @staticmethod
+    def forward(logits, target, tau, scale, options, want_grad, want_argmax, backend):
+        fwd = _op("dro_cross_entropy_fwd", backend)
+        grad, loss, rows, argmax = fwd(logits, target, tau, scale, *options, want_grad, want_argmax)
+        return loss, rows, argmax, grad
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, target, tau, scale, ctx.options, ctx.want_grad, _, ctx.backend = inputs
+        _, rows, argmax, grad = output
+        ctx.mark_non_differentiable(rows, argmax, grad)
+        ctx.set_materialize_grads(False)
+        # What the backward needs of the logits: their gradient, or the logits themselves to make it (reduction "none").
+        wide = grad if ctx.want_grad else logits if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(wide, target, tau, scale, rows)
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx, grad_loss, *_):
+        wide, target, tau, scale, rows = ctx.saved_tensors
+        if grad_loss is None:
+            return (None,) * 8
+        grad_logits = None
+        if ctx.needs_input_grad[0] and ctx.want_grad:
+            grad_logits = wide
+            _scale_saved_gradient(grad_logits, grad_loss, scale, ctx.backend)
+        elif ctx.needs_input_grad[0]:
+            _, ignore_index, label_smoothing, z_loss = ctx.options
+            bwd = _op("dro_cross_entropy_bwd", ctx.backend)
+            grad_logits = bwd(
+                wide, target, tau, grad_loss * scale, rows, ignore_index, label_smoothing, z_loss
+            )
+        grad_tau, grad_scale = _row_gradients(ctx, grad_loss, rows)
+        return grad_logits, None, grad_tau, grad_scale, None, None, None, None
+
+
+class _DROCrossEntropyOverwrite(torch.autograd.Function):
+    """As above, with the gradient in the storage of ``base``, whose rows of ``stride`` begin with the V logits.
+
+    ``base`` must not be a view: autograd tracks a write to a view only for functions with one output.
+    """
+
+    @staticmethod
+    def forward(base, target, tau, scale, options, vocab_size, stride, want_argmax, backend):
+        rows_of_base = base.view(-1, stride)
+        loss, rows, argmax = _op("dro_cross_entropy_fwd_", backend)(
+            rows_of_base[:, :vocab_size], target, tau, scale, *options, want_argmax
+        )
+        if vocab_size < stride:
+            rows_of_base[:, vocab_size:].zero_()  # the padding has no gradient
+        return loss, rows, argmax, base
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, _, scale, _, ctx.vocab_size, ctx.stride, _, ctx.backend = inputs
+        _, rows, argmax, base = output
+        ctx.mark_dirty(base)
+        ctx.mark_non_differentiable(rows, argmax)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(base, scale, rows)
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx, grad_loss, _rows, _argmax, grad_base):
+        # The tracer of torch.compile feeds every output a gradient, used or not.
+        if grad_base is not None and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "dro_cross_entropy: the logits were used after overwrite_logits=True put their gradient in them; "
+                "use them before the loss, or pass overwrite_logits=False"
+            )
+        base, scale, rows = ctx.saved_tensors
+        if grad_loss is None:
+            return (None,) * 9
+        logits = base.view(-1, ctx.stride)[:, : ctx.vocab_size]
+        _scale_saved_gradient(logits, grad_loss, scale, ctx.backend)
+        grad_tau, grad_scale = _row_gradients(ctx, grad_loss, rows)
+        return base, None, grad_tau, grad_scale, None, None, None, None, None
+
+
+def _scale_saved_gradient(grad, grad_loss, scale, backend):
+    # Writing to the saved tensor also makes a second backward raise: its version no longer matches.
+    if grad.dtype == torch.float16:
+        grad_loss = grad_loss * scale
+    _op("scale_rows_", backend)(grad, grad_loss)
+
+
+def _row_gradients(ctx, grad_loss, rows):
+    grad_tau = grad_loss * rows[GRAD_TAU] if ctx.needs_input_grad[2] else None
+    grad_scale = grad_loss * rows[LOSS] if ctx.needs_input_grad[3] else None
+    return grad_tau, grad_scale
+
+
+def dro_cross_entropy(
+    logits,
+    target,
+    tau=1.0,
+    rho=0.0,
+    *,
+    row_weight=None,
+    normalizer=None,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    reduction="mean",
+    return_stats=False,
+    overwrite_logits=False,
+    backend="auto",
+):
+    r"""Distributionally robust cross entropy with a temperature per row.
+
+    With ``x = logits / tau`` and ``q = (1 - label_smoothing) * onehot(target) + label_smoothing / V``, a row's loss is
+
+        tau * (logsumexp(x) + rho - log V) - sum_j q_j logits_j + z_loss * logsumexp(x)^2
+
+    With ``tau=1`` and ``rho=log V`` this is ``torch.nn.functional.cross_entropy``. The gradient of the logits is formed in
+    the forward visit for ``reduction`` "mean" and "sum", and recomputed in the backward for "none".
+
+    Args:
+        logits: ``[..., V]`` float32, bfloat16, float16 or float64 (float64 on the CPU, or with backend "reference"). Any
+            row stride is used in place (a padded vocabulary is the view ``logits[..., :V]``); a column stride other than 1
+            costs a copy.
+        target: ``[...]`` int64 or int32 class indices.
+        tau: temperature > 0: a number, a 0-d tensor or a tensor of the target's shape. A tensor gets a gradient.
+        rho: KL radius in nats, a number.
+        row_weight: ``[...]`` real weight of each row's loss and gradients (masks, class weights, advantages); may want a
+            gradient.
+        normalizer: with "mean", what the sum is divided by, a number or a detached 0-d tensor (the token count of all
+            accumulated batches); default the sum of the weights of the rows that are not ignored. Weights that may be
+            negative need it: their sum can be 0 or negative, which is not checked (that would wait for the GPU).
+        ignore_index: rows with this target have loss 0, gradient 0, and do not count in the mean.
+        label_smoothing: in [0, 1].
+        z_loss: factor >= 0 of ``logsumexp(x)^2``.
+        reduction: "mean", "sum" or "none" (a loss of the target's shape).
+        return_stats: also return :class:`TokenStats` from the same visit.
+        overwrite_logits: put the gradient in the logits' storage, which saves the second ``[N, V]`` tensor. A later
+            use of the logits, and a second backward, raise. Without gradients (``no_grad``) they are left alone. Under
+            torch.compile pass logits that are no view; a later use is not detected there.
+        backend: "auto", "native" (C++/CUDA), "triton" or "reference" (PyTorch).
+
+    Returns:
+        The loss in float32 (float64 for float64 logits), 0-d or of the target's shape; with ``return_stats`` the pair
+        ``(loss, TokenStats)``. The mean over no rows is NaN. A row with a NaN or +inf logit, or with ``tau <= 0`` or NaN in a
+        tensor, has loss and gradient NaN.
+
+    Raises:
+        ValueError, TypeError: an argument is off; the message names it, what was expected and what came.
+        IndexError: a target outside [0, V) other than ``ignore_index`` in CPU tensors. On a GPU that row is NaN instead.
+        RuntimeError: the backend is not available here.
+
+    Source: arXiv 2404.04575, eq. (5) and Algorithm 1; official code ``GPT-2/megatron/model/tempnet.py``.
+    """
+    name = "dro_cross_entropy"
+    _check_arguments(
+        name, logits, target, row_weight, normalizer, label_smoothing, z_loss, reduction
+    )
+    vocab_size = logits.shape[-1]
+    acc = accumulation_dtype(logits.dtype)
+    chosen = _register.pick(name, "dro_cross_entropy_fwd", backend, AUTO, logits.device)
+
+    rows_target = target.reshape(-1)  # (N,)
+    n = rows_target.shape[0]
+    rows_tau = _rows_of_tau(name, tau, target, logits, acc)  # (N,)
+    scale, total = _row_scale(
+        rows_target, row_weight, normalizer, ignore_index, reduction, acc
+    )  # (N,), 0-d or None
+
+    options = (float(rho), ignore_index, float(label_smoothing), float(z_loss))
+    track = torch.is_grad_enabled() and logits.requires_grad
+    if overwrite_logits and track:
+        base, stride = _storage_to_overwrite(name, logits, reduction)
+        loss, rows, argmax, _ = _DROCrossEntropyOverwrite.apply(
+            base, rows_target, rows_tau, scale, options, vocab_size, stride, return_stats, chosen
+        )
+    else:
+        flat = logits.reshape(n, vocab_size)
+        if flat.stride(1) != 1 and vocab_size > 1:
+            flat = flat.contiguous()
+        want_grad = track and reduction != "none"
+        loss, rows, argmax, _ = _DROCrossEntropy.apply(
+            flat, rows_target, rows_tau, scale, options, want_grad, return_stats, chosen
+        )
+
+    if reduction == "none":
+        loss = loss.reshape(target.shape)
+    else:
+        loss = loss.sum()
+    if total is not None:
+        loss = torch.where(total == 0, math.nan, loss)
+    if not return_stats:
+        return loss
+    return loss, _stats(rows, argmax, vocab_size, target.shape)
+
+
+def _check_arguments(
+    name, logits, target, row_weight, normalizer, label_smoothing, z_loss, reduction
+):
+    for argument, value in (("logits", logits), ("target", target)):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name}: {argument} must be a tensor, got {type(value).__name__}")
+    if logits.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name}: logits must be float32, bfloat16, float16 or float64, got {logits.dtype}"
+        )
+    if logits.dim() < 1 or logits.shape[-1] < 1:
+        raise ValueError(
+            f"{name}: logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}"
+        )
+    if target.dtype not in (torch.int64, torch.int32):
+        raise TypeError(f"{name}: target must be int64 or int32, got {target.dtype}")
+    _check_like(name, "target", target, tuple(logits.shape[:-1]), logits.device)
+    if row_weight is not None:
+        if not isinstance(row_weight, torch.Tensor) or row_weight.dtype == torch.complex64:
+            raise TypeError(f"{name}: row_weight must be a tensor, got {type(row_weight).__name__}")
+        _check_like(name, "row_weight", row_weight, tuple(target.shape), logits.device)
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"{name}: reduction must be one of {_REDUCTIONS}, got {reduction!r}")
+    if normalizer is not None:
+        if reduction != "mean":
+            raise ValueError(
+                f"{name}: normalizer needs reduction='mean', got reduction={reduction!r}"
+            )
+        if isinstance(normalizer, torch.Tensor):
+            _check_like(name, "normalizer", normalizer, (), logits.device)
+            if normalizer.requires_grad:
+                raise ValueError(f"{name}: normalizer must be detached, got one with a gradient")
+        elif not 0 <= normalizer < math.inf:
+            raise ValueError(f"{name}: normalizer must be finite and >= 0, got {normalizer}")
+    if not 0 <= label_smoothing <= 1:
+        raise ValueError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
+    if not 0 <= z_loss < math.inf:
+        raise ValueError(f"{name}: z_loss must be finite and >= 0, got {z_loss}")
+
+
+def _check_like(name, argument, tensor, shape, device):
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: {argument} must have shape {shape}, got {tuple(tensor.shape)}")
+    if tensor.device != device:
+        raise ValueError(f"{name}: {argument} must be on {device}, got {tensor.device}")
+
+
+def _rows_of_tau(name, tau, target, logits, acc):
+    n = target.numel()
+    if not isinstance(tau, torch.Tensor):
+        if not 0 < tau < math.inf:
+            raise ValueError(f"{name}: tau must be a finite number > 0, got {tau}")
+        return torch.full((), tau, dtype=acc, device=logits.device).expand(n)
+    if not tau.dtype.is_floating_point:
+        raise TypeError(f"{name}: tau must be of a floating-point dtype, got {tau.dtype}")
+    if tau.dim() == 0:
+        _check_like(name, "tau", tau, (), logits.device)
+        return tau.to(acc).expand(n)
+    _check_like(name, "tau", tau, tuple(target.shape), logits.device)
+    return tau.to(acc).reshape(-1)
+
+
+def _row_scale(target, row_weight, normalizer, ignore_index, reduction, acc):
+    """(scale [N], the sum it was divided by or None): a scale holds the row's weight and the normaliser."""
+    n = target.shape[0]
+    weight = None
+    if row_weight is not None:
+        weight = row_weight.to(acc).reshape(-1)
+    if reduction != "mean":
+        return (target.new_ones((), dtype=acc).expand(n) if weight is None else weight), None
+    if normalizer is not None:
+        total = torch.as_tensor(normalizer, dtype=acc, device=target.device)
+    elif weight is None:
+        total = (target != ignore_index).sum().to(acc)
+    else:
+        total = torch.where(target != ignore_index, weight, 0).sum()
+    empty = total == 0
+    # Divide by 1 where the sum is 0: a 0/0 in the branch not taken would reach the weights' gradient as NaN.
+    inverse = torch.where(empty, 0, 1 / torch.where(empty, 1, total))
+    return (inverse.expand(n) if weight is None else weight * inverse), total
+
+
+def _storage_to_overwrite(name, logits, reduction):
+    """(tensor that is no view, row stride): rows of that stride in it begin with the rows of ``logits``."""
+    if reduction == "none":
+        raise ValueError(f"{name}: overwrite_logits needs reduction 'mean' or 'sum', got 'none'")
+    if logits.is_leaf:
+        raise ValueError(f"{name}: overwrite_logits cannot overwrite a leaf that requires grad")
+    if torch.compiler.is_compiling():
+        # Traced, a view has no base to ask for; the compiler replays the write on it.
+        base, stride, whole = logits, logits.shape[-1], logits.is_contiguous()
+    else:
+        base = logits if logits._base is None else logits._base
+        stride = logits.stride(-2) if logits.dim() > 1 else base.numel()
+        whole = (
+            base.is_contiguous()
+            and (logits.stride(-1) == 1 or logits.shape[-1] == 1)
+            and logits.storage_offset() == base.storage_offset()
+            and stride >= logits.shape[-1]
+            and base.numel() == logits[..., 0].numel() * stride
+            and all(
+                logits.stride(i) == logits.stride(i + 1) * logits.shape[i + 1]
+                for i in range(logits.dim() - 2)
+            )
+        )
+    if not whole:
+        raise ValueError(
+            f"{name}: overwrite_logits needs logits with column stride 1 whose rows fill their storage (the LM head's "
+            f"output, a reshape of it, or [..., :V] of it), got shape {tuple(logits.shape)} with strides "
+            f"{tuple(logits.stride())} in a tensor of shape {tuple(base.shape)}"
+        )
+    return base, stride
+
+
+def _stats(rows, argmax, vocab_size, shape):
+    lse = (rows[M] + rows[LOG2_S]) * math.log(2)
+    kl = math.log(vocab_size) - rows[ENTROPY]
+    per_row = (lse, rows[ENTROPY], kl, rows[LOG_PROB], argmax)
+    return TokenStats(*(value.reshape(shape) for value in per_row))

@@ -1,0 +1,111 @@
+"""The token loss in plain PyTorch: MATH as written in ``tempnet_kernels.dro_cross_entropy``, whole rows at a time."""
+
+import math
+
+import torch
+
+LN2 = math.log(2)
+
+
+def dro_cross_entropy_fwd(
+    logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_grad, want_argmax
+):
+    loss, rows, argmax, grad = _forward(
+        logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_grad
+    )
+    n, v = logits.shape
+    grad_logits = logits.new_empty((n if want_grad else 0, v))
+    if want_grad:
+        grad_logits.copy_(grad)
+    return grad_logits, loss, rows, argmax if want_argmax else argmax.new_empty(0)
+
+
+def dro_cross_entropy_fwd_(
+    logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_argmax
+):
+    loss, rows, argmax, grad = _forward(
+        logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, True
+    )
+    logits.copy_(grad)
+    return loss, rows, argmax if want_argmax else argmax.new_empty(0)
+
+
+def dro_cross_entropy_bwd(logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss):
+    z, y, live, _ = _prepare(logits, target, tau, ignore_index)
+    grad = _gradient(z, y, live, tau, scale, rows[2], rows[3], label_smoothing, z_loss)
+    return torch.empty_like(logits, memory_format=torch.contiguous_format).copy_(grad)
+
+
+def scale_rows_(grad, scale):
+    grad.copy_(torch.where(scale[:, None] == 0, 0, grad.to(scale.dtype) * scale[:, None]))
+
+
+def _prepare(logits, target, tau, ignore_index):
+    v = logits.shape[1]
+    live = target != ignore_index
+    bad = live & ((target < 0) | (target >= v))
+    if logits.device.type == "cpu" and bad.any():
+        row = int(bad.nonzero()[0])
+        raise IndexError(
+            f"dro_cross_entropy: target[{row}] must be in [0, {v}) or ignore_index={ignore_index}, "
+            f"got {int(target[row])}"
+        )
+    bad = bad | ~(tau > 0)
+    # A bad row is NaN throughout: so is everything computed from it.
+    z = torch.where(bad[:, None], math.nan, logits.to(tau.dtype))  # (N, V)
+    return z, target.clamp(0, v - 1).long(), live, bad
+
+
+def _forward(logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_grad):
+    z, y, live, bad = _prepare(logits, target, tau, ignore_index)
+    log_v = math.log(z.shape[1])
+    zmax = z.amax(1)  # (N,)
+    a = 1 / (LN2 * tau)  # (N,)
+    m = zmax * a
+    # Centred before the product: exact near the maximum, where the weight is.
+    u = (z - zmax[:, None]) * a[:, None]  # (N, V)
+    e = torch.exp2(u)
+    s = e.sum(1)
+    log2_s = torch.log2(s)
+    sx = torch.where(e == 0, 0, e * u).sum(1)
+    entropy = (LN2 * (log2_s - sx / s)).clamp(0, log_v)
+    lse = LN2 * (m + log2_s)
+
+    z_y = z.gather(1, y[:, None])[:, 0]
+    below = (1 - label_smoothing) * (zmax - z_y)  # zmax - sum_j q_j z_j
+    if label_smoothing > 0:
+        below = below + label_smoothing * (zmax[:, None] - z).mean(1)
+    loss = below + tau * (LN2 * log2_s + rho - log_v) + z_loss * lse**2
+    grad_tau = entropy + rho - log_v - 2 * z_loss * lse * (lse - entropy) / tau
+    log_prob = (z_y - zmax) / tau - LN2 * log2_s
+
+    weighted = torch.where(scale == 0, 0, scale * loss)
+    grad_tau = torch.where(scale == 0, 0, scale * grad_tau)
+    nan = torch.full_like(loss, math.nan)
+    grad = None
+    if want_grad:
+        stored = (scale != 0).to(tau.dtype) if logits.dtype == torch.float16 else scale
+        grad = _gradient(z, y, live, tau, stored, m, log2_s, label_smoothing, z_loss)
+    rows = torch.stack(
+        [
+            torch.where(live, loss, 0),
+            torch.where(live, grad_tau, 0),
+            torch.where(live, m, nan),
+            torch.where(live, log2_s, nan),
+            torch.where(live, entropy, nan),
+            torch.where(live, log_prob, nan),
+        ]
+    )
+    argmax = torch.where(live & torch.isfinite(log2_s), z.argmax(1), -1)
+    return torch.where(live, weighted, 0), rows, argmax, grad
+
+
+def _gradient(z, y, live, tau, scale, m, log2_s, label_smoothing, z_loss):
+    """scale * (c p - q), and exactly 0 for ignored rows and where the scale is 0."""
+    a = 1 / (LN2 * tau)
+    zmax = z.amax(1, keepdim=True)  # (N, 1)
+    c = 1 + 2 * z_loss * LN2 * (m + log2_s) / tau  # (N,)
+    p = torch.exp2((z - zmax) * a[:, None] - log2_s[:, None])  # (N, V)
+    grad = c[:, None] * p - label_smoothing / z.shape[1]
+    grad = grad.scatter_add(1, y[:, None], torch.full_like(grad[:, :1], label_smoothing - 1))
+    return torch.where((live & (scale != 0))[:, None], grad * scale[:, None], 0)
