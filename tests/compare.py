@@ -1,0 +1,43 @@
+"""The bound of every comparison is computed from the data, never chosen (docs/numerics.md)."""
+
+import math
+
+import torch
+
+
+def definition(logits, target, tau, rho=0.0, *, label_smoothing=0.0, z_loss=0.0, ignore_index=-100):
+    """The token loss per row as its formula reads, differentiable, in the dtype of ``logits``."""
+    v = logits.shape[-1]
+    y = torch.where(target == ignore_index, 0, target).long()
+    lse = torch.logsumexp(logits / tau[..., None], -1)
+    z_y = logits.gather(-1, y[..., None])[..., 0]
+    mean = logits.mean(-1) if label_smoothing else 0.0
+    loss = tau * (lse + rho - math.log(v)) - (1 - label_smoothing) * z_y - label_smoothing * mean
+    return torch.where(target == ignore_index, 0, loss + z_loss * lse**2)
+
+
+def statistics(logits, tau):
+    """(lse, entropy, kl) of softmax(logits / tau) in float64."""
+    x = logits.double() / tau.double()[..., None]
+    log_p = torch.log_softmax(x, -1)
+    entropy = -torch.where(log_p > -math.inf, log_p.exp() * log_p, 0).sum(-1)
+    return torch.logsumexp(x, -1), entropy, math.log(logits.shape[-1]) - entropy
+
+
+def assert_within_twice_plain(got, exact, plain, name=""):
+    """``got`` may be at most twice as far from ``exact`` as the plain formula is, plus one unit."""
+    assert got.shape == exact.shape, f"{name}: {tuple(got.shape)} != {tuple(exact.shape)}"
+    if not got.numel():
+        return
+    exact, plain = exact.double(), plain.double()
+    unit = torch.finfo(got.dtype).eps * exact.abs().max()
+    error = (got.double() - exact).abs().max()
+    bound = 2 * ((plain - exact).abs().max() + unit)
+    assert error <= bound, f"{name}: error {error:.3e} > bound {bound:.3e}"
+
+
+def assert_entropy_accurate(got, exact, vocab_size, name=""):
+    """The absolute bound of H, kl and d loss / d tau in float32."""
+    error = (got.double() - exact).abs().max()
+    bound = 2e-6 * max(1.0, math.log(vocab_size))
+    assert error <= bound, f"{name}: error {error:.3e} > bound {bound:.3e}"

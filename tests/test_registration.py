@@ -1,0 +1,180 @@
+"""What PyTorch must be able to do with the op: opcheck, compile, func.grad, checkpointing, autocast, import."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import tempnet_kernels
+from tempnet_kernels import dro_cross_entropy
+
+BACKENDS = ["reference", "native", "triton"]
+
+
+def make(device, n=6, v=40, dtype=torch.float32):
+    logits = torch.randn(n, v, device=device).to(dtype) * 2
+    target = torch.randint(0, v, (n,), device=device)
+    target[1] = -100
+    return logits, target, torch.rand(n, device=device) + 0.5
+
+
+def gradients(function, logits, tau):
+    z, t = logits.clone().requires_grad_(), tau.clone().requires_grad_()
+    loss = function(z, t)
+    loss.sum().backward()
+    return loss.detach(), z.grad, t.grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck(backend, dtype, device):
+    logits, target, tau = make(device, dtype=dtype)
+    target[1] = 3  # opcheck compares with ==, which NaN statistics fail
+    scale = torch.rand(6, device=device)
+    ops = torch.ops.tempnet
+    numbers = (0.5, -100, 0.1, 0.01)
+    check = torch.library.opcheck
+    for want_grad in (False, True):
+        for want_argmax in (False, True):
+            args = (logits, target, tau, scale, *numbers, want_grad, want_argmax)
+            check(getattr(ops.dro_cross_entropy_fwd, backend), args)
+    check(
+        getattr(ops.dro_cross_entropy_fwd_, backend),
+        (logits.clone(), target, tau, scale, *numbers, True),
+    )
+    forward = getattr(ops.dro_cross_entropy_fwd, backend)
+    rows = forward(logits, target, tau, scale, *numbers, False, False)[2]
+    check(
+        getattr(ops.dro_cross_entropy_bwd, backend),
+        (logits, target, tau, scale, rows, *numbers[1:]),
+    )
+    check(getattr(ops.scale_rows_, backend), (logits.clone(), scale))
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compile_fullgraph_dynamic(backend, reduction, overwrite, device):
+    if overwrite and reduction == "none":
+        reduction = "sum"
+    target = None
+
+    def function(z, t):
+        loss, stats = dro_cross_entropy(
+            z * 1.0, target, t, 0.5, reduction=reduction, return_stats=True,
+            overwrite_logits=overwrite, backend=backend,
+        )  # fmt: skip
+        return loss + 0 * stats.argmax.sum()
+
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n, v in ((6, 40), (9, 73)):
+        logits, target, tau = make(device, n, v)
+        eager = gradients(function, logits, tau)
+        for got, expected in zip(gradients(compiled, logits, tau), eager, strict=True):
+            torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_compile_with_inductor(device):
+    logits, target, tau = make(device)
+    function = lambda z, t: 3 * dro_cross_entropy(z * 1.0, target, t, 0.5)  # noqa: E731
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    eager = gradients(function, logits, tau)
+    for got, expected in zip(gradients(compiled, logits, tau), eager, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_target_raises_under_compile(backend):
+    if torch.cuda.is_available() and backend == "triton":
+        backend = "native"  # the contract for CPU tensors
+    logits, target, _ = make("cpu")
+    target[3] = 40
+    torch._dynamo.reset()
+    compiled = torch.compile(
+        lambda z: dro_cross_entropy(z, target, backend=backend), backend="aot_eager"
+    )
+    with pytest.raises(IndexError, match=r"target\[3\]"):
+        compiled(logits)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_func_grad(backend, reduction, device):
+    logits, target, tau = make(device)
+    function = lambda z, t: dro_cross_entropy(  # noqa: E731
+        z, target, t, 0.5, reduction=reduction, backend=backend
+    ).sum()
+    grads = torch.func.grad(function, argnums=(0, 1))(logits, tau)
+    for got, expected in zip(grads, gradients(function, logits, tau)[1:], strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_reentrant_checkpointing(backend, overwrite, device):
+    logits, target, tau = make(device)
+
+    def function(z, t):
+        return dro_cross_entropy(
+            z * 1.0, target, t, 0.5, overwrite_logits=overwrite, backend=backend
+        )
+
+    saved = gradients(lambda z, t: checkpoint(function, z, t, use_reentrant=False), logits, tau)
+    for got, expected in zip(saved, gradients(function, logits, tau), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_autocast_keeps_bf16_logits(backend, device):
+    logits, target, tau = make(device, dtype=torch.bfloat16)
+    function = lambda z, t: dro_cross_entropy(z, target, t, 0.5, backend=backend)  # noqa: E731
+    with torch.autocast(device, dtype=torch.bfloat16):
+        inside = gradients(function, logits, tau)
+    assert inside[0].dtype == torch.float32 and inside[1].dtype == torch.bfloat16
+    for got, expected in zip(inside, gradients(function, logits, tau), strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_forward_does_not_read_results_on_the_host(device):
+    """Under fake tensors .item() and every other read of data raise: what would wait for a GPU."""
+    with torch._subclasses.FakeTensorMode():
+        logits = torch.randn(4, 9, requires_grad=True)
+        weight = torch.rand(4, requires_grad=True)
+        target = torch.zeros(4, dtype=torch.int64)
+        loss = dro_cross_entropy(logits, target, torch.rand(4), row_weight=weight)
+        loss.backward()
+        assert logits.grad.shape == (4, 9) and weight.grad.shape == (4,)
+
+
+def test_import_needs_neither_triton_nor_the_extension():
+    """Each missing backend raises when it is asked for, and says how to get it."""
+    code = """
+import importlib.util, sys
+find = importlib.util.find_spec
+missing = {"triton", "tempnet_kernels._C", "tempnet_kernels._C_cuda"}
+importlib.util.find_spec = lambda name, *a: None if name in missing else find(name, *a)
+sys.modules["triton"] = None
+import torch, tempnet_kernels
+z, y = torch.randn(2, 5), torch.tensor([1, 2])
+print(tempnet_kernels.dro_cross_entropy(z, y, backend="reference").item())
+for backend in ("auto", "native", "triton"):
+    try:
+        tempnet_kernels.dro_cross_entropy(z, y, backend=backend)
+    except RuntimeError as error:
+        print(backend, error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert "pip install --no-build-isolation" in lines[1] and lines[1].startswith("auto")
+    assert "pip install --no-build-isolation" in lines[2]
+    assert "pip install triton" in lines[3]
+
+
+def test_public_names_are_documented():
+    for name in tempnet_kernels.__all__:
+        assert getattr(tempnet_kernels, name).__doc__, name
