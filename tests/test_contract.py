@@ -338,7 +338,7 @@ def test_gradient_of_one_confident_row_in_bf16(backend, device):
     _, grad, _ = run(logits, target, backend=backend)
     _, exact = rows(logits, target)
     assert 0.001 < exact[0, 5].abs() < 0.1
-    torch.testing.assert_close(grad.double(), exact, rtol=2**-8, atol=0)
+    torch.testing.assert_close(grad.double(), exact, rtol=torch.finfo(torch.bfloat16).eps, atol=0)
 
 
 def test_loss_at_an_offset_of_1e4_keeps_its_digits(backend, device):

@@ -4,6 +4,8 @@ import math
 
 import torch
 
+from tempnet_kernels._checks import check_target
+
 LN2 = math.log(2)
 
 
@@ -31,7 +33,7 @@ def dro_cross_entropy_fwd_(
 
 
 def dro_cross_entropy_bwd(logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss):
-    z, y, live, _ = _prepare(logits, target, tau, ignore_index)
+    z, y, live = _prepare(logits, target, tau, ignore_index)
     grad = _gradient(z, y, live, tau, scale, rows[2], rows[3], label_smoothing, z_loss)
     return torch.empty_like(logits, memory_format=torch.contiguous_format).copy_(grad)
 
@@ -41,23 +43,17 @@ def scale_rows_(grad, scale):
 
 
 def _prepare(logits, target, tau, ignore_index):
+    """(logits in the accumulation dtype, NaN in bad rows; a column to gather from; rows not ignored)."""
     v = logits.shape[1]
+    check_target(target, v, ignore_index)
     live = target != ignore_index
-    bad = live & ((target < 0) | (target >= v))
-    if logits.device.type == "cpu" and bad.any():
-        row = int(bad.nonzero()[0])
-        raise IndexError(
-            f"dro_cross_entropy: target[{row}] must be in [0, {v}) or ignore_index={ignore_index}, "
-            f"got {int(target[row])}"
-        )
-    bad = bad | ~(tau > 0)
-    # A bad row is NaN throughout: so is everything computed from it.
+    bad = (live & ((target < 0) | (target >= v))) | ~(tau > 0)
     z = torch.where(bad[:, None], math.nan, logits.to(tau.dtype))  # (N, V)
-    return z, target.clamp(0, v - 1).long(), live, bad
+    return z, target.clamp(0, v - 1).long(), live
 
 
 def _forward(logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_grad):
-    z, y, live, bad = _prepare(logits, target, tau, ignore_index)
+    z, y, live = _prepare(logits, target, tau, ignore_index)
     log_v = math.log(z.shape[1])
     zmax = z.amax(1)  # (N,)
     a = 1 / (LN2 * tau)  # (N,)

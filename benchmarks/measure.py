@@ -1,0 +1,64 @@
+"""Time and peak memory of functions that do the same work."""
+
+import gc
+import platform
+import subprocess
+import time
+from pathlib import Path
+
+import torch
+
+
+def synchronize():
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def time_ms(function):
+    """One call, in milliseconds. The result is freed outside."""
+    synchronize()
+    start = time.perf_counter()
+    result = function()
+    synchronize()
+    elapsed = (time.perf_counter() - start) * 1e3
+    del result
+    return elapsed
+
+
+def peak_extra_mib(function):
+    """The most memory held during a call beyond what was held before, its results included."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = function()
+        synchronize()
+        del result
+        return (torch.cuda.max_memory_allocated() - before) / 2**20
+    status = Path("/proc/self/status")
+    if not status.exists():
+        raise RuntimeError("peak_extra_mib: needs /proc/self/status (Linux) or a GPU")
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    before = _field(status, "VmRSS")
+    result = function()
+    del result
+    return (_field(status, "VmHWM") - before) / 2**10
+
+
+def _field(status, name):
+    line = next(line for line in status.read_text().splitlines() if line.startswith(name))
+    return int(line.split()[1])
+
+
+def environment():
+    """What a result depends on."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+    ).stdout.strip()
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name()
+    else:
+        from tempnet_kernels import _C
+
+        device = f"{platform.machine()} CPU, {_C.cpu_capability()}, {torch.get_num_threads()} threads"
+    return {"device": device, "torch": torch.__version__, "commit": commit}

@@ -1,0 +1,418 @@
+"""Train a small GPT with learned temperatures on the source code of the Python standard library.
+
+    python examples/train_lm.py                  # the four losses in turn, a table and pictures in runs/lm
+    python examples/train_lm.py --loss tempnet   # one of them
+    python examples/train_lm.py --resume         # go on where Ctrl-C stopped
+
+The losses: ``ce`` (plain cross entropy), ``official`` (TempNet through the authors' formula in eager PyTorch), ``tempnet``
+(the same through tempnet_kernels) and ``frozen`` (the ``ce`` model frozen, only a TempNet trained).
+"""
+
+import json
+import math
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import sysconfig
+import time
+from dataclasses import asdict, dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import torch.nn.functional as F
+import typer
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+from tokenizers import ByteLevelBPETokenizer
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from tempnet_kernels.nn import TempNet, TempNetCrossEntropyLoss
+from tempnet_kernels.reference.official import official_cross_entropy
+
+RHO = 5.0
+
+
+class Loss(StrEnum):
+    ce = "ce"
+    official = "official"
+    tempnet = "tempnet"
+    frozen = "frozen"
+
+
+@dataclass
+class Config:
+    steps: int = 400
+    batch: int = 12
+    context: int = 128
+    width: int = 128
+    layers: int = 3
+    heads: int = 4
+    vocab_size: int = 2048
+    lr: float = 2e-3
+    tempnet_lr: float = 1e-3
+    text_mib: float = 6.0
+    eval_every: int = 50
+    seed: int = 0
+    device: str = "cpu"
+
+
+# Data: whole files are held out, so that no held-out line was trained on.
+
+
+def standard_library(text_mib):
+    """(training texts, held-out texts): every 20th file is held out."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    skip = {"test", "tests", "site-packages", "idlelib", "lib2to3", "__pycache__"}
+    files = sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
+    if not files:
+        raise FileNotFoundError(f"train_lm: no Python source under {root}")
+    train, held_out, size = [], [], 0
+    for i, path in enumerate(files):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        size += len(text)
+        (held_out if i % 20 == 10 else train).append(text)
+        if size > text_mib * 2**20:
+            break
+    return train, held_out
+
+
+def tokenized(config, out):
+    """(training ids, held-out ids, tokenizer), cached in ``out``."""
+    vocabulary, merges, cache = out / "vocab.json", out / "merges.txt", out / "tokens.safetensors"
+    if not cache.exists():
+        out.mkdir(parents=True, exist_ok=True)
+        train, held_out = standard_library(config.text_mib)
+        tokenizer = ByteLevelBPETokenizer()
+        tokenizer.train_from_iterator(train, vocab_size=config.vocab_size, show_progress=False)
+        tokenizer.save_model(str(out))
+        encode = lambda texts: torch.tensor(  # noqa: E731
+            [i for e in tokenizer.encode_batch(texts) for i in e.ids], dtype=torch.int32
+        )
+        save_file({"train": encode(train), "held_out": encode(held_out)}, cache)
+    ids = load_file(cache)
+    return ids["train"], ids["held_out"], ByteLevelBPETokenizer(str(vocabulary), str(merges))
+
+
+def batch_of(ids, config, seed):
+    """(inputs, targets), each [batch, context]; the same for the same seed, so a resumed run sees the same data."""
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(ids) - config.context - 1, (config.batch,), generator=generator)
+    rows = torch.stack([ids[s : s + config.context + 1] for s in starts]).long()
+    return rows[:, :-1].to(config.device), rows[:, 1:].to(config.device)
+
+
+# Model.
+
+
+class Block(nn.Module):
+    def __init__(self, width, heads):
+        super().__init__()
+        self.heads = heads
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
+
+    def forward(self, x):
+        b, t, d = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, t, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).reshape(b, t, d))
+        return x + self.mlp(self.norm2(x))
+
+
+class GPT(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.tokens = nn.Embedding(config.vocab_size, config.width)
+        self.positions = nn.Embedding(config.context, config.width)
+        self.blocks = nn.ModuleList(
+            Block(config.width, config.heads) for _ in range(config.layers)
+        )
+        self.norm = nn.LayerNorm(config.width)
+        self.head = nn.Linear(config.width, config.vocab_size, bias=False)
+        self.head.weight = self.tokens.weight
+        nn.init.normal_(self.tokens.weight, std=0.02)
+        nn.init.normal_(self.positions.weight, std=0.02)
+
+    def forward(self, ids):
+        """ids [B, T] -> logits [B, T, V]."""
+        x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x))
+
+
+# Training.
+
+
+def make_loss(kind, tempnet):
+    """A function (logits, target) -> loss."""
+    if kind == Loss.ce:
+        return lambda logits, target: F.cross_entropy(logits.flatten(0, 1), target.flatten())
+    if kind == Loss.official:
+        return lambda logits, target: official_cross_entropy(
+            logits, target, tempnet(logits.detach()), RHO
+        )
+    return TempNetCrossEntropyLoss(tempnet, RHO)
+
+
+class Trainer:
+    def __init__(self, kind, config, out):
+        self.kind, self.config, self.out = kind, config, out / kind
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.train_ids, self.held_out_ids, self.tokenizer = tokenized(config, out)
+        torch.manual_seed(config.seed)
+        self.model = GPT(config).to(config.device)
+        # Drawn after the model: the model starts the same for every loss.
+        self.tempnet = None
+        if kind != Loss.ce:
+            self.tempnet = TempNet(config.vocab_size, 0.5, 1.5).to(config.device)
+        if kind == Loss.frozen:
+            checkpoint = out / Loss.ce / "checkpoint.safetensors"
+            if not checkpoint.exists():
+                raise FileNotFoundError(f"train_lm: --loss frozen needs {checkpoint}: run --loss ce")
+            weights = load_file(checkpoint)
+            self.model.load_state_dict(strip(weights, "model."))
+            self.model.requires_grad_(False)
+        self.loss = make_loss(kind, self.tempnet)
+        self.optimizer = torch.optim.AdamW(self.parameter_groups(), betas=(0.9, 0.95))
+        self.step = 0
+
+    def parameter_groups(self):
+        groups = []
+        if self.kind != Loss.frozen:
+            matrices = [p for p in self.model.parameters() if p.dim() > 1]
+            others = [p for p in self.model.parameters() if p.dim() <= 1]
+            groups.append({"params": matrices, "lr": self.config.lr, "weight_decay": 0.1})
+            groups.append({"params": others, "lr": self.config.lr, "weight_decay": 0.0})
+        if self.tempnet is not None:
+            tempnet = list(self.tempnet.parameters())
+            groups.append({"params": tempnet, "lr": self.config.tempnet_lr, "weight_decay": 0.0})
+        for group in groups:
+            group["peak"] = group["lr"]
+        return groups
+
+    def train_step(self):
+        """One optimizer step; returns the loss as a 0-d tensor."""
+        warmup = max(1, self.config.steps // 20)
+        progress = self.step / self.config.steps
+        factor = min(1.0, (self.step + 1) / warmup) * 0.5 * (1 + math.cos(math.pi * progress))
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["peak"] * factor
+        ids, target = batch_of(self.train_ids, self.config, self.config.seed * 1_000_003 + self.step)
+        with torch.set_grad_enabled(self.kind != Loss.frozen):
+            logits = self.model(ids)
+        loss = self.loss(logits, target)
+        self.optimizer.zero_grad()
+        loss.backward()
+        for group in self.optimizer.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], 1.0)
+        self.optimizer.step()
+        self.step += 1
+        return loss.detach()
+
+    @torch.no_grad()
+    def held_out(self, batches=8):
+        """Mean cross entropy in nats per token of the held-out files: with z, and with z / tau."""
+        if self.tempnet is not None:
+            self.tempnet.eval()
+        raw, tempered = [], []
+        for i in range(batches):
+            ids, target = batch_of(self.held_out_ids, self.config, 10**9 + i)
+            logits, target = self.model(ids).flatten(0, 1), target.flatten()
+            raw.append(F.cross_entropy(logits, target).item())
+            if self.tempnet is not None:
+                tau = self.tempnet(logits)
+                tempered.append(F.cross_entropy(logits / tau[:, None], target).item())
+        if self.tempnet is not None:
+            self.tempnet.train()
+        return statistics.mean(raw), statistics.mean(tempered) if tempered else None
+
+    def loss_time_ms(self, repeats=15):
+        """Median time of TempNet + loss, forward and backward down to the logits."""
+        ids, target = batch_of(self.train_ids, self.config, 0)
+        with torch.no_grad():
+            logits = self.model(ids)
+        times = []
+        for _ in range(repeats):
+            leaf = logits.detach().clone().requires_grad_(self.kind != Loss.frozen)
+            start = time.perf_counter()
+            self.loss(leaf, target).backward()
+            if leaf.is_cuda:
+                torch.cuda.synchronize()
+            times.append((time.perf_counter() - start) * 1e3)
+        return statistics.median(times)
+
+    # Checkpoints hold tensors only: weights, the optimizer's state, the step and the random state of dropout.
+
+    @property
+    def checkpoint(self):
+        return self.out / "checkpoint.safetensors"
+
+    def save(self):
+        tensors = {f"model.{k}": v for k, v in self.model.state_dict().items() if k != "head.weight"}
+        if self.tempnet is not None:
+            tensors |= {f"tempnet.{k}": v for k, v in self.tempnet.state_dict().items()}
+        for i, state in self.optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
+        tensors["step"] = torch.tensor(self.step)
+        tensors["rng"] = torch.get_rng_state()
+        if self.config.device == "cuda":
+            tensors["cuda_rng"] = torch.cuda.get_rng_state()
+        partial = self.checkpoint.with_suffix(".partial")
+        save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, partial)
+        os.replace(partial, self.checkpoint)  # a kill in the middle leaves the old one
+
+    def load(self):
+        tensors = load_file(self.checkpoint, device=self.config.device)
+        self.model.load_state_dict(strip(tensors, "model."))
+        if self.tempnet is not None:
+            self.tempnet.load_state_dict(strip(tensors, "tempnet."))
+        state = self.optimizer.state_dict()
+        for key, value in tensors.items():
+            if key.startswith("optimizer."):
+                _, i, name = key.split(".")
+                # AdamW counts its steps in a tensor on the CPU.
+                state["state"].setdefault(int(i), {})[name] = value.cpu() if name == "step" else value
+        self.optimizer.load_state_dict(state)
+        self.step = int(tensors["step"])
+        torch.set_rng_state(tensors["rng"].cpu())
+        if self.config.device == "cuda":
+            torch.cuda.set_rng_state(tensors["cuda_rng"].cpu())
+
+    def run(self, resume):
+        metrics = self.out / "metrics.jsonl"
+        rows = []
+        if resume and self.checkpoint.exists():
+            self.load()
+            rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+            rows = [row for row in rows if row["step"] < self.step]
+        board = SummaryWriter(self.out / "tensorboard", purge_step=self.step)
+        try:
+            with metrics.open("w") as file, tqdm(
+                total=self.config.steps, initial=self.step, desc=f"{self.kind:9}"
+            ) as bar:  # fmt: skip
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+                while self.step < self.config.steps:
+                    start = time.perf_counter()
+                    loss = self.train_step().item()
+                    row = {"step": self.step - 1, "loss": loss}
+                    row["step_ms"] = (time.perf_counter() - start) * 1e3
+                    if isinstance(self.loss, TempNetCrossEntropyLoss):
+                        stats = self.loss.temperature_stats()
+                        row |= {f"tau_{k}": v.item() for k, v in stats._asdict().items()}
+                    if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
+                        row["held_out"], row["held_out_tempered"] = self.held_out()
+                    rows.append(row)
+                    file.write(json.dumps(row) + "\n")
+                    for name, value in row.items():
+                        if value is not None and name != "step":
+                            board.add_scalar(name, value, row["step"])
+                    bar.update()
+                    bar.set_postfix(loss=f"{loss:.3f}")
+        except KeyboardInterrupt:
+            self.save()
+            print(f"\nstopped at step {self.step}; go on with --resume", file=sys.stderr)
+            raise typer.Exit(130) from None
+        finally:
+            board.close()
+        self.save()
+        self.write_result(rows)
+
+    def write_result(self, rows):
+        raw, tempered = self.held_out(batches=24)
+        cuda = self.config.device == "cuda"
+        peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_rss_mib()
+        result = {
+            "loss": self.kind.value,
+            "step_time_ms": statistics.median(row["step_ms"] for row in rows),
+            "peak_mib": peak,  # before the timing below
+            "loss_time_ms": self.loss_time_ms(),
+            "held_out": raw,
+            "held_out_tempered": tempered,
+            "config": asdict(self.config),
+        }
+        (self.out / "result.json").write_text(json.dumps(result, indent=1))
+
+
+def strip(tensors, prefix):
+    found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+    if prefix == "model.":
+        found["head.weight"] = found["tokens.weight"]  # tied
+    return found
+
+
+def peak_rss_mib():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (
+        2**20 if sys.platform == "darwin" else 2**10
+    )
+
+
+def report(out):
+    results = [
+        json.loads((out / kind / "result.json").read_text())
+        for kind in Loss
+        if (out / kind / "result.json").exists()
+    ]
+    table = Table(title="Held-out files of the Python standard library")
+    columns = ("loss", "step ms", "loss ms", "peak MiB", "CE z", "ppl z", "CE z/tau", "ppl z/tau")
+    for column in columns:
+        table.add_column(column, justify="right")
+    for r in results:
+        tempered = r["held_out_tempered"]
+        cells = [f"{r[k]:.1f}" for k in ("step_time_ms", "loss_time_ms", "peak_mib")]
+        for value in (r["held_out"], tempered):
+            cells += ["-", "-"] if value is None else [f"{value:.4f}", f"{math.exp(value):.2f}"]
+        table.add_row(r["loss"], *cells)
+    Console().print(table)
+    print("loss ms: TempNet + loss, forward and backward to the logits; peak: of each loss's own process")
+
+
+def main(
+    loss: Annotated[Loss | None, typer.Option(help="One loss; default all four.")] = None,
+    out: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/lm"),
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoints.")] = False,
+    steps: int = Config.steps,
+    batch: int = Config.batch,
+    context: int = Config.context,
+    width: int = Config.width,
+    layers: int = Config.layers,
+    seed: int = Config.seed,
+    device: str = "cuda" if torch.cuda.is_available() else "cpu",
+):
+    """Train a small GPT with learned temperatures on the standard library."""
+    config = Config(
+        steps=steps, batch=batch, context=context, width=width, layers=layers, seed=seed, device=device
+    )
+    if loss is not None:
+        Trainer(loss, config, out).run(resume)
+        return
+    # Each loss in a process of its own: its peak memory is then its own too.
+    options = sys.argv[1:]
+    for kind in Loss:
+        command = [sys.executable, __file__, *options, "--loss", kind.value]
+        try:
+            status = subprocess.run(command).returncode
+        except KeyboardInterrupt:
+            status = 130
+        if status:
+            raise typer.Exit(status)
+    report(out)
+    import plots
+
+    for path in plots.draw(out, Trainer(Loss.tempnet, config, out)):
+        print(path)
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,77 @@
+"""python -m tempnet_kernels env"""
+
+import platform
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from tempnet_kernels import _register
+from tempnet_kernels.dro_cross_entropy import AUTO as DRO_CROSS_ENTROPY_AUTO
+
+app = typer.Typer(help="Kernels for losses with a learned temperature.", no_args_is_help=True)
+
+
+@app.callback()
+def main():
+    """Kernels for losses with a learned temperature."""
+
+
+@app.command()
+def env():
+    """Versions, devices, SIMD level, the backend of each op, what is missing and how to get it."""
+    import tempnet_kernels
+
+    console = Console()
+    facts = Table(show_header=False, box=None)
+    facts.add_row("tempnet_kernels", tempnet_kernels.__version__)
+    facts.add_row("python", f"{platform.python_version()} on {platform.platform()}")
+    facts.add_row("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}")
+    facts.add_row("triton", _version("triton"))
+    facts.add_row("numpy", _version("numpy"))
+    facts.add_row("CPU", f"{torch.get_num_threads()} threads, SIMD {_simd()}")
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        facts.add_row(f"cuda:{i}", f"{properties.name}, sm_{properties.major}{properties.minor}")
+    if not torch.cuda.is_available():
+        facts.add_row("GPU", "none")
+    console.print(facts)
+
+    table = Table(title="backend of each op ('auto' in bold)")
+    for column in ("op", "device", *_register.BACKENDS):
+        table.add_column(column)
+    devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
+    missing = {}
+    for op, auto in {"dro_cross_entropy": DRO_CROSS_ENTROPY_AUTO}.items():
+        for device in devices:
+            cells = []
+            for backend in _register.BACKENDS:
+                reason = _register.missing(f"{op}_fwd", backend, device)
+                if reason is not None:
+                    missing[f"{op}, {device}, {backend}"] = reason
+                word = "missing" if reason else "yes"
+                cells.append(f"[bold]{word}[/bold]" if auto[device] == backend else word)
+            table.add_row(op, device, *cells)
+    console.print(table)
+    for where, reason in missing.items():
+        console.print(f"{where}: {reason}", highlight=False, markup=False)
+
+
+def _version(package):
+    try:
+        return __import__(package).__version__
+    except ImportError:
+        return "not installed"
+
+
+def _simd():
+    try:
+        from tempnet_kernels import _C
+    except ImportError:
+        return "unknown: the C++ extension is not built"
+    return f"{_C.cpu_capability()} ({_C.build_info()['compiler']})"
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,103 @@
+"""The temperature network for language models."""
+
+import math
+
+import torch
+from torch import nn
+
+# Where the published checkpoints keep the TempNet inside a full model's state dict.
+PREFIXES = ("module.tempnet.", "tempnet.")
+
+
+class TempNet(nn.Module):
+    r"""Predicts a temperature for every row of logits.
+
+    With ``x = z / max(||z||, 1e-12)`` and ``h = proj(x)`` (a sigmoid layer, dropout, a linear layer):
+
+        w   = softmax(h / exp(scaler))
+        tau = tau_min + (tau_max - tau_min) * sigmoid(last((w - 1/hidden_size) * h))
+
+    The logits are detached: the network learns from the temperature's gradient alone. A -inf logit counts as 0 after
+    centring, so every temperature is finite where some logit of the row is.
+
+    Args:
+        vocab_size: V, the number of columns of the logits.
+        tau_min, tau_max: bounds of the temperature, 0 < tau_min < tau_max.
+        hidden_size: width of both layers; the published checkpoints have 256.
+        center: ``"max"`` subtracts each row's largest logit first (LLaMA-2, and generation); ``None`` takes raw logits.
+        dropout: probability, in training mode.
+
+    The state dict has the published names: ``proj.0``, ``proj.3``, ``last``, ``scaler``. ``load_state_dict`` also takes the
+    full state dict of a model that holds one under ``tempnet.`` or ``module.tempnet.``, a scaler of shape ``()`` or ``[1]``,
+    and any float dtype.
+
+    Source: arXiv 2404.04575, section 4; official code ``GPT-2/megatron/model/tempnet.py``.
+    """
+
+    def __init__(
+        self, vocab_size, tau_min=0.5, tau_max=2.0, *, hidden_size=256, center=None, dropout=0.5
+    ):
+        super().__init__()
+        if vocab_size < 1:
+            raise ValueError(f"TempNet: vocab_size must be >= 1, got {vocab_size}")
+        if not 0 < tau_min < tau_max < math.inf:
+            raise ValueError(
+                f"TempNet: tau_min and tau_max must satisfy 0 < tau_min < tau_max, got {tau_min} and {tau_max}"
+            )
+        if center not in (None, "max"):
+            raise ValueError(f"TempNet: center must be None or 'max', got {center!r}")
+        self.vocab_size = vocab_size
+        self.tau_min = tau_min
+        self.tau_max = tau_max
+        self.center = center
+        self.proj = nn.Sequential(
+            nn.Linear(vocab_size, hidden_size),
+            nn.Sigmoid(),
+            nn.Dropout(dropout),
+            nn.Linear(hidden_size, hidden_size),
+        )
+        self.scaler = nn.Parameter(torch.zeros(1))  # log 1; not 0-d, which FSDP2 refuses
+        self.last = nn.Linear(hidden_size, 1)
+        nn.init.ones_(self.last.weight)
+        nn.init.zeros_(self.last.bias)
+        self.register_load_state_dict_pre_hook(_accept_published_layouts)
+
+    def forward(self, logits):
+        """logits ``[..., V]`` of a float dtype -> temperatures ``[...]`` in float32 (float64 for a float64 network)."""
+        if logits.shape[-1] != self.vocab_size:
+            raise ValueError(
+                f"TempNet: logits must have {self.vocab_size} columns, got shape {tuple(logits.shape)}"
+            )
+        dtype = self.proj[0].weight.dtype
+        z = logits.detach()
+        if self.center == "max":
+            z = z - z.amax(-1, keepdim=True)
+        # In float32 for 16-bit logits: the square of a logit above 256 overflows float16.
+        z = z.to(torch.promote_types(torch.float32, dtype))
+        z = torch.where(z == -math.inf, 0, z)
+        x = z / z.norm(dim=-1, keepdim=True).clamp_min(1e-12)
+        h = self.proj(x.to(dtype)).to(z.dtype)  # (..., hidden_size)
+        w = torch.softmax(h / self.scaler.to(z.dtype).exp(), -1)
+        t = self.last(((w - 1 / h.shape[-1]) * h).to(dtype)).squeeze(-1).to(z.dtype)
+        return self.tau_min + (self.tau_max - self.tau_min) * torch.sigmoid(t)
+
+    def extra_repr(self):
+        return f"vocab_size={self.vocab_size}, tau=[{self.tau_min}, {self.tau_max}], center={self.center!r}"
+
+
+def _accept_published_layouts(module, state_dict, prefix, *_):
+    if prefix == "" and not any(key in state_dict for key in module.state_dict()):
+        for candidate in PREFIXES:
+            own = {
+                key.removeprefix(candidate): state_dict[key]
+                for key in list(state_dict)
+                if key.startswith(candidate)
+            }
+            if own:
+                # The rest of a full model's state dict is not this module's business.
+                state_dict.clear()
+                state_dict.update(own)
+                break
+    scaler = state_dict.get(prefix + "scaler")
+    if scaler is not None and scaler.dim() == 0:
+        state_dict[prefix + "scaler"] = scaler.reshape(1)

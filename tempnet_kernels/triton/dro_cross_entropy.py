@@ -1,0 +1,321 @@
+"""The token loss in Triton: one visit where a row fits in registers, two through the L2 cache above."""
+
+import contextlib
+import math
+
+import torch
+import triton
+import triton.language as tl
+
+from tempnet_kernels._checks import check_target
+from tempnet_kernels.triton.online_softmax import (
+    EMPTY,
+    LN2,
+    LOG2E,
+    centred,
+    finish,
+    merge_all,
+    update,
+    weighted_exponent,
+)
+
+ROWS = 6  # fields of a row's result, in the order of the stores in _store_row
+ONE_PASS_COLUMNS = 32768  # 64 fp32 registers a thread at 16 warps
+LANE = tl.constexpr(8)  # columns of a thread's online step: their maximum needs no other thread
+NO_COLUMN = tl.constexpr(2**31 - 1)
+
+
+def config(v, extras):
+    """(kernel, BLOCK, num_warps) for rows of ``v`` columns.
+
+    ``extras``: label smoothing or argmax, which keep more of the row alive: a thread then holds fewer columns.
+    """
+    if v <= ONE_PASS_COLUMNS // (2 if extras else 1):
+        block = max(16, triton.next_power_of_2(v))
+        return one_pass_kernel, block, min(16, max(1, block // 1024))
+    return two_pass_kernel, 4096 if extras else 8192, 16
+
+
+@triton.jit
+def _begin_row(target_ptr, target_stride, tau_ptr, tau_stride, scale_ptr, scale_stride, v, ignore_index):
+    """(row, target clamped to the row, tau or NaN for a bad row, scale, ignored)."""
+    i = tl.program_id(0).to(tl.int64)
+    y = tl.load(target_ptr + i * target_stride).to(tl.int64)
+    tau = tl.load(tau_ptr + i * tau_stride)
+    scale = tl.load(scale_ptr + i * scale_stride)
+    ignored = y == ignore_index
+    outside = (y < 0) | (y >= v)
+    # A NaN temperature makes everything of the row NaN.
+    tau = tl.where((tau > 0) & (ignored | (outside == 0)), tau, float("nan"))
+    return i, tl.where(outside, 0, y), tau, scale, ignored
+
+
+@triton.jit
+def _store_row(loss_ptr, rows_ptr, i, n, scale, loss, grad_tau, m, log2_s, entropy, log_prob):
+    tl.store(loss_ptr + i, tl.where(scale == 0, 0.0, scale * loss))
+    tl.store(rows_ptr + i, loss)
+    tl.store(rows_ptr + n + i, tl.where(scale == 0, 0.0, scale * grad_tau))
+    tl.store(rows_ptr + 2 * n + i, m)
+    tl.store(rows_ptr + 3 * n + i, log2_s)
+    tl.store(rows_ptr + 4 * n + i, entropy)
+    tl.store(rows_ptr + 5 * n + i, log_prob)
+
+
+@triton.jit
+def _store_ignored(loss_ptr, rows_ptr, argmax_ptr, grad_ptr, i, n, v, WANT_GRAD: tl.constexpr,
+                   WANT_ARGMAX: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    _store_row(loss_ptr, rows_ptr, i, n, 0.0, 0.0, 0.0, float("nan"), float("nan"), float("nan"), float("nan"))
+    if WANT_ARGMAX:
+        tl.store(argmax_ptr + i, -1)
+    if WANT_GRAD:
+        for start in range(0, v, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            tl.store(grad_ptr + columns, tl.zeros([BLOCK], grad_ptr.dtype.element_ty), mask=columns < v)
+
+
+@triton.jit
+def _gradient(e, columns, y, z_y, a, m, inverse_s, c, scale, v, label_smoothing):
+    """scale * (c p - q) with p = e / s; the target's column in fp32 before it is rounded: p_y - 1 cancels."""
+    p_y = tl.exp2(centred(z_y, a, m)) * inverse_s
+    grad_y = scale * ((c * p_y - 1) + label_smoothing * (1 - 1 / v.to(tl.float32)))
+    grad = e * (scale * c * inverse_s) - scale * label_smoothing / v.to(tl.float32)
+    grad = tl.where(columns == y, grad_y, grad)
+    return tl.where(scale == 0, 0.0, grad)
+
+
+@triton.jit
+def one_pass_kernel(
+    logits_ptr, logits_stride, grad_ptr, grad_stride, target_ptr, target_stride, tau_ptr, tau_stride,
+    scale_ptr, scale_stride, loss_ptr, rows_ptr, argmax_ptr, n, v, ignore_index, rho, log_v,
+    label_smoothing, z_loss, UNSCALED: tl.constexpr, WANT_GRAD: tl.constexpr,
+    WANT_ARGMAX: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i, y, tau, scale, ignored = _begin_row(
+        target_ptr, target_stride, tau_ptr, tau_stride, scale_ptr, scale_stride, v, ignore_index
+    )
+    grad_ptr += i * grad_stride
+    if ignored:
+        _store_ignored(loss_ptr, rows_ptr, argmax_ptr, grad_ptr, i, n, v, WANT_GRAD, WANT_ARGMAX, BLOCK)
+        return
+    logits_ptr += i * logits_stride
+    columns = tl.arange(0, BLOCK)
+    inside = columns < v
+    a = LOG2E / tau
+    z = tl.load(logits_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)  # (BLOCK,)
+    z_y = tl.load(logits_ptr + y).to(tl.float32)
+    zmax = tl.max(z, 0)  # drops NaN, which reaches s
+    m = tl.maximum(zmax * a, EMPTY)
+    u = centred(z, a, m)  # (BLOCK,), -inf outside
+    e = tl.exp2(u)
+    s = tl.sum(e, 0)
+    sx = tl.sum(weighted_exponent(e, u), 0)
+    mean_u = 0.0
+    if SMOOTH:
+        mean_u = tl.sum(tl.where(inside, u, 0.0), 0) / v
+    loss, grad_tau, log2_s, entropy, log_prob, c = finish(
+        m, s, sx, zmax, z_y, mean_u, a, tau, rho, log_v, label_smoothing, z_loss
+    )
+    _store_row(loss_ptr, rows_ptr, i, n, scale, loss, grad_tau, m, log2_s, entropy, log_prob)
+    if WANT_ARGMAX:
+        first = tl.min(tl.where(z == zmax, columns, NO_COLUMN), 0)
+        finite = (log2_s - log2_s) == 0
+        tl.store(argmax_ptr + i, tl.where(finite, first, -1).to(tl.int64))
+    if WANT_GRAD:
+        stored = scale
+        if UNSCALED:
+            stored = tl.where(scale == 0, 0.0, 1.0)
+        grad = _gradient(e, columns, y, z_y, a, m, 1 / s, c, stored, v, label_smoothing)
+        tl.debug_barrier()  # in place: the target's logit is read by every thread before any store
+        tl.store(grad_ptr + columns, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def two_pass_kernel(
+    logits_ptr, logits_stride, grad_ptr, grad_stride, target_ptr, target_stride, tau_ptr, tau_stride,
+    scale_ptr, scale_stride, loss_ptr, rows_ptr, argmax_ptr, n, v, ignore_index, rho, log_v,
+    label_smoothing, z_loss, UNSCALED: tl.constexpr, WANT_GRAD: tl.constexpr,
+    WANT_ARGMAX: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i, y, tau, scale, ignored = _begin_row(
+        target_ptr, target_stride, tau_ptr, tau_stride, scale_ptr, scale_stride, v, ignore_index
+    )
+    grad_ptr += i * grad_stride
+    if ignored:
+        _store_ignored(loss_ptr, rows_ptr, argmax_ptr, grad_ptr, i, n, v, WANT_GRAD, WANT_ARGMAX, BLOCK)
+        return
+    logits_ptr += i * logits_stride
+    a = LOG2E / tau
+    z_y = tl.load(logits_ptr + y).to(tl.float32)
+
+    LANES: tl.constexpr = BLOCK // LANE
+    tile = tl.arange(0, LANES)[:, None] * LANE + tl.arange(0, LANE)[None, :]  # (LANES, LANE)
+    m = tl.full([LANES], EMPTY, tl.float32)
+    s = tl.zeros([LANES], tl.float32)
+    sx = tl.zeros([LANES], tl.float32)
+    sz = tl.zeros([LANES], tl.float32)  # sum of a (z - z_0), for label smoothing
+    zmax = tl.full([LANES], float("-inf"), tl.float32)
+    first = tl.full([LANES], NO_COLUMN, tl.int32)
+    z_0 = tl.load(logits_ptr).to(tl.float32)
+    for start in range(0, v, BLOCK):
+        columns = start + tile
+        inside = columns < v
+        z = tl.load(
+            logits_ptr + columns, mask=inside, other=float("-inf"), eviction_policy="evict_last"
+        ).to(tl.float32)
+        z_lane = tl.max(z, 1)
+        m_new = tl.maximum(m, z_lane * a)
+        u = centred(z, a, m_new[:, None])
+        e = tl.exp2(u)
+        m, s, sx = update(m, s, sx, m_new, tl.sum(e, 1), tl.sum(weighted_exponent(e, u), 1))
+        if SMOOTH:
+            sz += tl.sum(tl.where(inside, z - z_0, 0.0), 1)
+        if WANT_ARGMAX:
+            candidate = tl.min(tl.where(z == z_lane[:, None], columns, NO_COLUMN), 1)
+            first = tl.where(z_lane > zmax, candidate, first)
+        zmax = tl.maximum(zmax, z_lane)
+    m, s, sx = merge_all(m, s, sx)
+    z_lanes = zmax
+    zmax = tl.max(zmax, 0)
+    mean_u = 0.0
+    if SMOOTH:
+        mean_u = centred(z_0, a, m) + a * tl.sum(sz, 0) / v
+    loss, grad_tau, log2_s, entropy, log_prob, c = finish(
+        m, s, sx, zmax, z_y, mean_u, a, tau, rho, log_v, label_smoothing, z_loss
+    )
+    _store_row(loss_ptr, rows_ptr, i, n, scale, loss, grad_tau, m, log2_s, entropy, log_prob)
+    if WANT_ARGMAX:
+        column = tl.min(tl.where(z_lanes == zmax, first, NO_COLUMN), 0)
+        finite = (log2_s - log2_s) == 0
+        tl.store(argmax_ptr + i, tl.where(finite, column, -1).to(tl.int64))
+    if WANT_GRAD:
+        stored = scale
+        if UNSCALED:
+            stored = tl.where(scale == 0, 0.0, 1.0)
+        tl.debug_barrier()  # in place: the target's logit is read by every thread before any store
+        for start in range(0, v, BLOCK):
+            columns = start + tl.arange(0, BLOCK)
+            inside = columns < v
+            z = tl.load(logits_ptr + columns, mask=inside, other=0.0, eviction_policy="evict_first")
+            e = tl.exp2(centred(z.to(tl.float32), a, m))
+            grad = _gradient(e, columns, y, z_y, a, m, 1 / s, c, stored, v, label_smoothing)
+            tl.store(grad_ptr + columns, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def bwd_kernel(
+    logits_ptr, logits_stride, grad_ptr, target_ptr, target_stride, tau_ptr, tau_stride, scale_ptr,
+    scale_stride, rows_ptr, n, v, ignore_index, label_smoothing, z_loss, BLOCK: tl.constexpr,
+):  # fmt: skip
+    i, y, tau, scale, ignored = _begin_row(
+        target_ptr, target_stride, tau_ptr, tau_stride, scale_ptr, scale_stride, v, ignore_index
+    )
+    grad_ptr += i * v
+    logits_ptr += i * logits_stride
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < v
+    if ignored:
+        tl.store(grad_ptr + columns, tl.zeros([BLOCK], grad_ptr.dtype.element_ty), mask=inside)
+        return
+    m = tl.load(rows_ptr + 2 * n + i)
+    log2_s = tl.load(rows_ptr + 3 * n + i)
+    a = LOG2E / tau
+    c = 1 + 2 * z_loss * LN2 * (m + log2_s) / tau
+    z = tl.load(logits_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    z_y = tl.load(logits_ptr + y).to(tl.float32)
+    e = tl.exp2(centred(z, a, m))
+    grad = _gradient(e, columns, y, z_y, a, m, tl.exp2(-log2_s), c, scale, v, label_smoothing)
+    tl.store(grad_ptr + columns, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def scale_kernel(grad_ptr, grad_stride, scale_ptr, scale_stride, v, BLOCK: tl.constexpr):
+    i = tl.program_id(0).to(tl.int64)
+    scale = tl.load(scale_ptr + i * scale_stride)
+    if scale == 1:
+        return
+    pointers = grad_ptr + i * grad_stride + tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK) < v
+    grad = tl.load(pointers, mask=inside, other=0.0).to(tl.float32) * scale
+    grad = tl.where(scale == 0, 0.0, grad)  # also where the gradient is NaN
+    tl.store(pointers, grad.to(grad_ptr.dtype.element_ty), mask=inside)
+
+
+ELEMENTWISE_BLOCK = 8192
+
+
+def _device(tensor):
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
+
+
+def _forward(
+    logits, grad, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_argmax
+):
+    """(loss, rows, argmax); writes the gradient into ``grad`` where it is not None."""
+    if logits.dtype == torch.float64:
+        raise TypeError(
+            "dro_cross_entropy: logits must be float32, bfloat16 or float16 for backend 'triton', "
+            "got torch.float64"
+        )
+    n, v = logits.shape
+    check_target(target, v, ignore_index)
+    loss = torch.empty(n, dtype=torch.float32, device=logits.device)
+    rows = loss.new_empty(ROWS, n)
+    argmax = torch.empty(n if want_argmax else 0, dtype=torch.int64, device=logits.device)
+    kernel, block, num_warps = config(v, want_argmax or label_smoothing > 0)
+    out = logits if grad is None else grad
+    if n:
+        with _device(logits):
+            kernel[(n,)](
+                logits, logits.stride(0), out, out.stride(0), target, target.stride(0),
+                tau, tau.stride(0), scale, scale.stride(0), loss, rows, argmax, n, v,
+                ignore_index, rho, math.log(v), label_smoothing, z_loss,
+                UNSCALED=logits.dtype == torch.float16, WANT_GRAD=grad is not None,
+                WANT_ARGMAX=want_argmax, SMOOTH=label_smoothing > 0, BLOCK=block,
+                num_warps=num_warps, num_stages=1,
+            )  # fmt: skip
+    return loss, rows, argmax
+
+
+def dro_cross_entropy_fwd(
+    logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_grad, want_argmax
+):
+    n, v = logits.shape
+    grad = logits.new_empty((n if want_grad else 0, v))
+    loss, rows, argmax = _forward(
+        logits, grad if want_grad else None, target, tau, scale, rho, ignore_index,
+        label_smoothing, z_loss, want_argmax,
+    )  # fmt: skip
+    return grad, loss, rows, argmax
+
+
+def dro_cross_entropy_fwd_(
+    logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_argmax
+):
+    return _forward(
+        logits, logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_argmax
+    )
+
+
+def dro_cross_entropy_bwd(
+    logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss
+):
+    n, v = logits.shape
+    grad = logits.new_empty((n, v))
+    if n:
+        with _device(logits):
+            bwd_kernel[(n, triton.cdiv(v, ELEMENTWISE_BLOCK))](
+                logits, logits.stride(0), grad, target, target.stride(0), tau, tau.stride(0),
+                scale, scale.stride(0), rows, n, v, ignore_index, label_smoothing, z_loss,
+                BLOCK=ELEMENTWISE_BLOCK, num_warps=8,
+            )  # fmt: skip
+    return grad
+
+
+def scale_rows_(grad, scale):
+    n, v = grad.shape
+    if n:
+        with _device(grad):
+            scale_kernel[(n, triton.cdiv(v, ELEMENTWISE_BLOCK))](
+                grad, grad.stride(0), scale, scale.stride(0), v,
+                BLOCK=ELEMENTWISE_BLOCK, num_warps=8,
+            )  # fmt: skip

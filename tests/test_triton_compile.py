@@ -1,0 +1,51 @@
+"""The Triton kernels compiled for sm_80 and sm_90 as the launcher would: nothing spills, NaN is kept.
+
+Runs without a GPU: ptxas and cuobjdump come with the triton wheel. The kernels are compiled in a subprocess, since this one
+may be in interpreter mode.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="triton is not installed: pip install triton")
+
+CODE = Path(__file__).with_name("compile_triton.py")
+ARCHITECTURES = (80, 90)
+
+
+def compile_kernels(architecture):
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    result = subprocess.run(
+        [sys.executable, CODE, str(architecture)], capture_output=True, text=True, env=env
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def compiled(request):
+    return compile_kernels(request.param)
+
+
+def test_no_kernel_spills(compiled):
+    for kernel in compiled:
+        print(f"{kernel['name']:60} {kernel['registers']:4} registers {kernel['spills']:4} spills")
+    assert {"32000", "50304", "128256", "262144", "50257"} <= {k["v"] for k in compiled}
+    assert all(kernel["registers"] > 16 for kernel in compiled)
+    assert [kernel["name"] for kernel in compiled if kernel["spills"]] == []
+
+
+def test_exponent_is_not_clamped_before_the_exponential(compiled):
+    """min/max drop NaN on a GPU: none may stand between the logit's fma and its ex2."""
+    for kernel in compiled:
+        assert kernel["exponentials"] > 0, kernel["name"]
+        assert kernel["clamped_exponentials"] == 0, kernel["name"]
+
+
+def test_no_atomics(compiled):
+    assert not any(kernel["atomics"] for kernel in compiled)
