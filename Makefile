@@ -10,10 +10,10 @@ demo: .venv/built
 	$(BIN)/python examples/train_lm.py
 
 test: .venv/built
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2
 
 bench: .venv/built
-	$(BIN)/python -m pytest benchmarks --benchmark-json=benchmarks/results/latest.json
+	$(BIN)/python -m pytest benchmarks/bench_*.py --benchmark-json=benchmarks/results/latest.json
 	$(BIN)/python benchmarks/report.py benchmarks/results/latest.json
 
 lint: .venv/installed

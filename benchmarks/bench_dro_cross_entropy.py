@@ -20,31 +20,42 @@ TEMPERED = ("official eager", "official compiled", "tempnet_kernels")
 
 
 def gradients(function, logits, target, tau):
-    inputs = (logits, tau) if function.__name__ not in ("cross_entropy", "liger", "quack") else (logits,)
+    inputs = (
+        (logits, tau) if function.__name__ not in ("cross_entropy", "liger", "quack") else (logits,)
+    )
     loss = function(logits, target, tau, RHO)
     return loss.detach(), *torch.autograd.grad(loss, inputs)
 
 
-def overwriting(logits, target, tau):
-    """Ours with the gradient in the storage of the logits, which therefore are a copy, not counted."""
-    loss = dro_cross_entropy(logits, target, tau, RHO, overwrite_logits=True)
-    return loss.detach(), torch.autograd.grad(loss, tau)
+def peak_overwriting(logits, target, tau):
+    """Ours with the gradient in the storage of the logits: of a copy, which is made before and not counted."""
+    wide = logits * 1.0
+
+    def overwriting():
+        loss = dro_cross_entropy(wide, target, tau, RHO, overwrite_logits=True)
+        return loss.detach(), torch.autograd.grad(loss, tau)
+
+    return peak_extra_mib(overwriting)
 
 
 def check(name, logits, target, tau):
-    """On the first rows: eager baselines in bfloat16 round, so the bound is the dtype's."""
+    """A wrong kernel is not timed. In float32 the official formula's gradient of tau keeps four digits at V = 128256."""
     rows = slice(0, 8)
     z = logits.detach()[rows].clone().requires_grad_()
     t = tau.detach()[rows].clone().requires_grad_()
-    _, grad, grad_tau = gradients(TOKEN_LOSSES[name], z, target[rows], t)
-    exact = z.detach().double().requires_grad_()
-    exact_tau = t.detach().double().requires_grad_()
-    loss = dro_cross_entropy(exact, target[rows], exact_tau, RHO, backend="reference")
-    loss.backward()
-    eps = torch.finfo(logits.dtype).eps
-    assert (grad.double() - exact.grad).abs().max() <= 8 * eps * exact.grad.abs().max(), name
-    bound = 1e-4 if name == "tempnet_kernels" or logits.dtype == torch.float32 else 0.2
-    assert (grad_tau.double() - exact_tau.grad).abs().max() <= bound, name
+    got = gradients(TOKEN_LOSSES[name], z, target[rows], t)
+    exact_inputs = z.detach().double().requires_grad_(), t.detach().double().requires_grad_()
+    loss = dro_cross_entropy(
+        exact_inputs[0], target[rows], exact_inputs[1], RHO, backend="reference"
+    )
+    exact = loss.detach(), *torch.autograd.grad(loss, exact_inputs)
+    tolerance = {"tempnet_kernels": 2e-5}.get(name, 2e-4)
+    if logits.dtype != torch.float32:
+        tolerance = 5e-2
+    for g, e in zip(got, exact, strict=True):
+        # The loss and rho - kl may be near 0: there the terms that they are the difference of are the measure.
+        scale = e.abs().max() if e.dim() == 2 else 1.0
+        assert (g.double() - e).abs().max() <= tolerance * scale, name
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
@@ -62,11 +73,7 @@ def test_token_loss(benchmark, n, v, dtype):
         check(name, logits, target, tau)
 
     peak = {name: peak_extra_mib(variant) for name, variant in variants.items()}  # warms up, too
-    copy = logits * 1.0
-    peak["tempnet_kernels, overwrite_logits"] = peak_extra_mib(
-        lambda: overwriting(copy, target, tau)
-    )
-    del copy
+    peak["tempnet_kernels, overwrite_logits"] = peak_overwriting(logits, target, tau)
     times = {name: [] for name in variants}
 
     def in_turn():

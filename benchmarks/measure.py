@@ -60,5 +60,7 @@ def environment():
     else:
         from tempnet_kernels import _C
 
-        device = f"{platform.machine()} CPU, {_C.cpu_capability()}, {torch.get_num_threads()} threads"
+        device = (
+            f"{platform.machine()} CPU, {_C.cpu_capability()}, {torch.get_num_threads()} threads"
+        )
     return {"device": device, "torch": torch.__version__, "commit": commit}

@@ -1,6 +1,6 @@
 """Tables and a picture from the JSON of pytest-benchmark.
 
-    python benchmarks/report.py benchmarks/results/latest.json
+python benchmarks/report.py benchmarks/results/latest.json
 """
 
 import json

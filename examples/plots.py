@@ -23,7 +23,11 @@ def draw(out, trainer):
     """Write the pictures for the runs in ``out``; ``trainer`` is the TempNet run's. Returns their paths."""
     trainer.load()
     trainer.tempnet.eval()
-    return [loss_curves(out), temperature_against_entropy(out, trainer), coloured_text(out, trainer)]
+    return [
+        loss_curves(out),
+        temperature_against_entropy(out, trainer),
+        coloured_text(out, trainer),
+    ]
 
 
 def loss_curves(out):
@@ -59,10 +63,11 @@ def temperature_against_entropy(out, trainer):
     )
     figure.colorbar(points, label="held-out tokens")
     axis.set(xlabel="entropy of the prediction (nats)", ylabel="predicted temperature")
+    axis.ticklabel_format(useOffset=False)
     return save(figure, out / "temperature_against_entropy.png")
 
 
-def coloured_text(out, trainer, width=88):
+def coloured_text(out, trainer, width=80):
     """A held-out window; each token's background is the temperature that predicted it."""
     ids, target = batch_of(trainer.held_out_ids, trainer.config, 10**9 + 3)
     with torch.no_grad():
@@ -84,9 +89,9 @@ def coloured_text(out, trainer, width=88):
     axis.set(xlim=(0, width), ylim=(-row - 0.6, 0.6))
     axis.axis("off")
     scale = plt.cm.ScalarMappable(plt.Normalize(low, high), colours)
-    figure.colorbar(scale, ax=axis, orientation="horizontal", shrink=0.4, pad=0.05).set_label(
-        "predicted temperature"
-    )
+    bar = figure.colorbar(scale, ax=axis, orientation="horizontal", shrink=0.4, pad=0.05)
+    bar.set_label("predicted temperature")
+    bar.formatter.set_useOffset(False)
     return save(figure, out / "coloured_text.png")
 
 

@@ -311,10 +311,7 @@ def dro_cross_entropy(
             flat, rows_target, rows_tau, scale, options, want_grad, return_stats, chosen
         )
 
-    if reduction == "none":
-        loss = loss.reshape(target.shape)
-    else:
-        loss = loss.sum()
+    loss = loss.reshape(target.shape) if reduction == "none" else loss.sum()
     if total is not None:
         loss = torch.where(total == 0, math.nan, loss)
     if not return_stats:

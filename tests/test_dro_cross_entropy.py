@@ -103,13 +103,9 @@ def test_label_smoothing_and_z_loss(backend, dtype, label_smoothing, z_loss, dev
         )
 
 
-@pytest.mark.parametrize("level", native_levels())
+@pytest.mark.parametrize("simd_level", native_levels(), indirect=True)
 @pytest.mark.parametrize("dtype", [*DTYPES, torch.float64], ids=str)
-def test_every_simd_level_is_as_accurate(level, dtype, request):
-    from tempnet_kernels import _C
-
-    request.addfinalizer(lambda highest=_C.cpu_capability(): _C.set_cpu_capability(highest))
-    _C.set_cpu_capability(level)
+def test_every_simd_level_is_as_accurate(simd_level, dtype):
     logits, target, tau = make((5, 9001), dtype)
     tau = tau.to(torch.float64 if dtype == torch.float64 else torch.float32)
     for reduction in ("mean", "none"):

@@ -40,7 +40,13 @@ class DROCrossEntropyLoss(nn.Module):
     def forward(self, logits, target, tau=1.0, *, row_weight=None, normalizer=None):
         """As :func:`tempnet_kernels.dro_cross_entropy`."""
         return dro_cross_entropy(
-            logits, target, tau, self.rho, row_weight=row_weight, normalizer=normalizer, **self.options
+            logits,
+            target,
+            tau,
+            self.rho,
+            row_weight=row_weight,
+            normalizer=normalizer,
+            **self.options,
         )
 
     def extra_repr(self):

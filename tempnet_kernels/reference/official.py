@@ -15,5 +15,7 @@ def official_cross_entropy(logits, target, tau, rho):
     """
     v = logits.shape[-1]
     tau = tau.reshape(-1, 1)
-    cross_entropy = F.cross_entropy(logits.reshape(-1, v) / tau, target.reshape(-1), reduction="none")
+    cross_entropy = F.cross_entropy(
+        logits.reshape(-1, v) / tau, target.reshape(-1), reduction="none"
+    )
     return (tau[:, 0] * cross_entropy + (rho - math.log(v)) * tau[:, 0]).mean()

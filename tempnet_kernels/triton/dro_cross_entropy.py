@@ -37,7 +37,9 @@ def config(v, extras):
 
 
 @triton.jit
-def _begin_row(target_ptr, target_stride, tau_ptr, tau_stride, scale_ptr, scale_stride, v, ignore_index):
+def _begin_row(
+    target_ptr, target_stride, tau_ptr, tau_stride, scale_ptr, scale_stride, v, ignore_index
+):
     """(row, target clamped to the row, tau or NaN for a bad row, scale, ignored)."""
     i = tl.program_id(0).to(tl.int64)
     y = tl.load(target_ptr + i * target_stride).to(tl.int64)
@@ -64,13 +66,27 @@ def _store_row(loss_ptr, rows_ptr, i, n, scale, loss, grad_tau, m, log2_s, entro
 @triton.jit
 def _store_ignored(loss_ptr, rows_ptr, argmax_ptr, grad_ptr, i, n, v, WANT_GRAD: tl.constexpr,
                    WANT_ARGMAX: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    _store_row(loss_ptr, rows_ptr, i, n, 0.0, 0.0, 0.0, float("nan"), float("nan"), float("nan"), float("nan"))
+    _store_row(
+        loss_ptr,
+        rows_ptr,
+        i,
+        n,
+        0.0,
+        0.0,
+        0.0,
+        float("nan"),
+        float("nan"),
+        float("nan"),
+        float("nan"),
+    )
     if WANT_ARGMAX:
         tl.store(argmax_ptr + i, -1)
     if WANT_GRAD:
         for start in range(0, v, BLOCK):
             columns = start + tl.arange(0, BLOCK)
-            tl.store(grad_ptr + columns, tl.zeros([BLOCK], grad_ptr.dtype.element_ty), mask=columns < v)
+            tl.store(
+                grad_ptr + columns, tl.zeros([BLOCK], grad_ptr.dtype.element_ty), mask=columns < v
+            )
 
 
 @triton.jit
@@ -95,7 +111,9 @@ def one_pass_kernel(
     )
     grad_ptr += i * grad_stride
     if ignored:
-        _store_ignored(loss_ptr, rows_ptr, argmax_ptr, grad_ptr, i, n, v, WANT_GRAD, WANT_ARGMAX, BLOCK)
+        _store_ignored(
+            loss_ptr, rows_ptr, argmax_ptr, grad_ptr, i, n, v, WANT_GRAD, WANT_ARGMAX, BLOCK
+        )
         return
     logits_ptr += i * logits_stride
     columns = tl.arange(0, BLOCK)
@@ -141,7 +159,9 @@ def two_pass_kernel(
     )
     grad_ptr += i * grad_stride
     if ignored:
-        _store_ignored(loss_ptr, rows_ptr, argmax_ptr, grad_ptr, i, n, v, WANT_GRAD, WANT_ARGMAX, BLOCK)
+        _store_ignored(
+            loss_ptr, rows_ptr, argmax_ptr, grad_ptr, i, n, v, WANT_GRAD, WANT_ARGMAX, BLOCK
+        )
         return
     logits_ptr += i * logits_stride
     a = LOG2E / tau
@@ -296,9 +316,7 @@ def dro_cross_entropy_fwd_(
     )
 
 
-def dro_cross_entropy_bwd(
-    logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss
-):
+def dro_cross_entropy_bwd(logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss):
     n, v = logits.shape
     grad = logits.new_empty((n, v))
     if n:
