@@ -15,7 +15,7 @@ from tempnet_kernels import dro_cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RHO = 8.0
-ROUNDS = 7
+ROUNDS = 11
 TEMPERED = ("official eager", "official compiled", "tempnet_kernels")
 
 
@@ -62,6 +62,7 @@ def check(name, logits, target, tau):
 @pytest.mark.parametrize("n, v", [(1024, 32000), (2048, 50304), (512, 128256)])
 def test_token_loss(benchmark, n, v, dtype):
     torch.manual_seed(torch.seed())  # fresh data every run
+    torch.compiler.reset()  # past its limit of recompilations torch.compile runs eagerly, in silence
     logits = (torch.randn(n, v, device=DEVICE) * 3).to(dtype).requires_grad_()
     target = torch.randint(0, v, (n,), device=DEVICE)
     tau = (torch.rand(n, device=DEVICE) + 0.5).requires_grad_()

@@ -20,7 +20,7 @@ LABELS = {
 
 
 def draw(out, trainer):
-    """Write the pictures for the runs in ``out``; ``trainer`` is the TempNet run's. Returns their paths."""
+    """Write the pictures for the runs in ``out``; ``trainer`` gives the temperatures. Returns their paths."""
     trainer.load()
     trainer.tempnet.eval()
     return [
@@ -68,14 +68,17 @@ def temperature_against_entropy(out, trainer):
 
 
 def coloured_text(out, trainer, width=80):
-    """A held-out window; each token's background is the temperature that predicted it."""
-    ids, target = batch_of(trainer.held_out_ids, trainer.config, 10**9 + 3)
+    """The held-out window of the most varied temperatures; a token's background is the one that predicted it."""
+    windows = []
     with torch.no_grad():
-        tau = trainer.tempnet(trainer.model(ids[:1]))[0].cpu()
+        for i in range(4):
+            ids, target = batch_of(trainer.held_out_ids, trainer.config, 10**9 + i)
+            windows += zip(trainer.tempnet(trainer.model(ids)).cpu(), target, strict=True)
+    tau, target = max(windows, key=lambda window: window[0].std())
     low, high = tau.min().item(), tau.max().item()
     colours = plt.get_cmap("coolwarm")
     cells, row, column = [], 0, 0
-    for token, value in zip(target[0].tolist(), tau.tolist(), strict=True):
+    for token, value in zip(target.tolist(), tau.tolist(), strict=True):
         for character in trainer.tokenizer.decode([token]).replace("\t", "    "):
             if character == "\n" or column >= width:
                 row, column = row + 1, 0
