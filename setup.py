@@ -14,7 +14,8 @@ MACROS = [
     ("TORCH_TARGET_VERSION", TORCH_TARGET),
     ("TEMPNET_TORCH_TARGET", '"2.11"'),
 ]
-# No -ffast-math: it hides NaN. What is left lets the compiler vectorise loops that call exp2 and round.
+# No -ffast-math: it hides NaN. What is left lets the compiler vectorise loops that call exp2 and
+# round.
 CXX = ["-std=c++17", "-O3", "-fopenmp-simd", "-fno-math-errno", "-fno-trapping-math"]
 CXX += ["-ffp-contract=fast", "-fvisibility=hidden", "-Wall", "-Wno-attributes"]
 

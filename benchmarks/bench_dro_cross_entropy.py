@@ -1,9 +1,10 @@
-"""Token loss, forward and backward: ours, the official formula, plain cross entropy, and a copy of the logits.
+"""Token loss, forward and backward: ours, the official formula, plain cross entropy, and a copy of
+the logits.
 
     make bench
 
-The variants run in turn, round by round, so that a drift of the machine meets all of them. Each is checked against the
-definition in float64 before it is timed.
+The variants run in turn, round by round, so that a drift of the machine meets all of them. Each is
+checked against the definition in float64 before it is timed.
 """
 
 import pytest
@@ -28,7 +29,8 @@ def gradients(function, logits, target, tau):
 
 
 def peak_overwriting(logits, target, tau):
-    """Ours with the gradient in the storage of the logits: of a copy, which is made before and not counted."""
+    """Ours with the gradient in the storage of the logits: of a copy, which is made before and not
+    counted."""
     wide = logits * 1.0
 
     def overwriting():
@@ -39,7 +41,8 @@ def peak_overwriting(logits, target, tau):
 
 
 def check(name, logits, target, tau):
-    """A wrong kernel is not timed. In float32 the official formula's gradient of tau keeps four digits at V = 128256."""
+    """A wrong kernel is not timed. In float32 the official formula's gradient of tau keeps four
+    digits at V = 128256."""
     rows = slice(0, 8)
     z = logits.detach()[rows].clone().requires_grad_()
     t = tau.detach()[rows].clone().requires_grad_()
@@ -53,7 +56,8 @@ def check(name, logits, target, tau):
     if logits.dtype != torch.float32:
         tolerance = 5e-2
     for g, e in zip(got, exact, strict=True):
-        # The loss and rho - kl may be near 0: there the terms that they are the difference of are the measure.
+        # The loss and rho - kl may be near 0: there the terms that they are the difference of are
+        # the measure.
         scale = e.abs().max() if e.dim() == 2 else 1.0
         assert (g.double() - e).abs().max() <= tolerance * scale, name
 
@@ -62,7 +66,7 @@ def check(name, logits, target, tau):
 @pytest.mark.parametrize("n, v", [(1024, 32000), (2048, 50304), (512, 128256)])
 def test_token_loss(benchmark, n, v, dtype):
     torch.manual_seed(torch.seed())  # fresh data every run
-    torch.compiler.reset()  # past its limit of recompilations torch.compile runs eagerly, in silence
+    torch.compiler.reset()  # past a number of recompilations it runs eagerly, in silence
     logits = (torch.randn(n, v, device=DEVICE) * 3).to(dtype).requires_grad_()
     target = torch.randint(0, v, (n,), device=DEVICE)
     tau = (torch.rand(n, device=DEVICE) + 0.5).requires_grad_()

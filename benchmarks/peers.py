@@ -1,4 +1,5 @@
-"""What a user would pick instead. Each is a function (logits, target, tau, rho) -> loss; what it leaves out is said."""
+"""What a user would pick instead. Each is a function (logits, target, tau, rho) -> loss; what it
+leaves out is said."""
 
 import importlib.util
 

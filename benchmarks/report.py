@@ -19,7 +19,8 @@ COPY = "copy of the logits"
 
 
 def table(info):
-    """A Markdown table of one shape: medians, their spread, ratios to ours and to the copy, peak memory."""
+    """A Markdown table of one shape: medians, their spread, ratios to ours and to the copy, peak
+    memory."""
     medians = {name: median(times) for name, times in info["time_ms"].items()}
     lines = [
         f"\n**{info['op']}, N = {info['n']}, V = {info['v']}, {info['dtype']}** "

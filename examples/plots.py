@@ -20,7 +20,8 @@ LABELS = {
 
 
 def draw(out, trainer):
-    """Write the pictures for the runs in ``out``; ``trainer`` gives the temperatures. Returns their paths."""
+    """Write the pictures for the runs in ``out``; ``trainer`` gives the temperatures. Returns
+    their paths."""
     trainer.load()
     trainer.tempnet.eval()
     return [
@@ -68,7 +69,8 @@ def temperature_against_entropy(out, trainer):
 
 
 def coloured_text(out, trainer, width=80):
-    """The held-out window of the most varied temperatures; a token's background is the one that predicted it."""
+    """The held-out window of the most varied temperatures; a token's background is the one that
+    predicted it."""
     windows = []
     with torch.no_grad():
         for i in range(4):

@@ -1,10 +1,11 @@
 """Train a small GPT with learned temperatures on the source code of the Python standard library.
 
-    python examples/train_lm.py                  # the four losses in turn, a table and pictures in runs/lm
-    python examples/train_lm.py --loss tempnet   # one of them
+    python examples/train_lm.py                  # the four losses in turn, a table and pictures in
+    runs/lm python examples/train_lm.py --loss tempnet   # one of them
     python examples/train_lm.py --resume         # go on where Ctrl-C stopped
 
-The losses: ``ce`` (plain cross entropy), ``official`` (TempNet through the authors' formula in eager PyTorch), ``tempnet``
+The losses: ``ce`` (plain cross entropy), ``official`` (TempNet through the authors' formula in
+    eager PyTorch), ``tempnet``
 (the same through tempnet_kernels) and ``frozen`` (the ``ce`` model frozen, only a TempNet trained).
 """
 
@@ -44,9 +45,9 @@ class Loss(StrEnum):
     frozen = "frozen"
 
 
-# The KL radius in nats; log V is 7.6. Trained together, model and TempNet can lower every temperature and flatten the logits
-# to match, and in so few steps they do. A frozen model cannot: near its own mean KL the TempNet learns which tokens to
-# treat as certain.
+# The KL radius in nats; log V is 7.6. Trained together, model and TempNet can lower every
+# temperature and flatten the logits to match, and in so few steps they do. A frozen model cannot:
+# near its own mean KL the TempNet learns which tokens to treat as certain.
 RHO = {Loss.official: 4.0, Loss.tempnet: 4.0, Loss.frozen: 3.0}
 
 
@@ -105,7 +106,8 @@ def tokenized(config, out):
 
 
 def batch_of(ids, config, seed):
-    """(inputs, targets), each [batch, context]; the same for the same seed, so a resumed run sees the same data."""
+    """(inputs, targets), each [batch, context]; the same for the same seed, so a resumed run sees
+    the same data."""
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(len(ids) - config.context - 1, (config.batch,), generator=generator)
     rows = torch.stack([ids[s : s + config.context + 1] for s in starts]).long()
@@ -259,7 +261,8 @@ class Trainer:
             times.append((time.perf_counter() - start) * 1e3)
         return statistics.median(times)
 
-    # Checkpoints hold tensors only: weights, the optimizer's state, the step and the random state of dropout.
+    # Checkpoints hold tensors only: weights, the optimizer's state, the step and the random state
+    # of dropout.
 
     @property
     def checkpoint(self):
@@ -386,7 +389,8 @@ def report(out):
         table.add_row(r["loss"], *cells)
     Console().print(table)
     print(
-        "loss ms: TempNet + loss, forward and backward to the logits; peak: of each loss's own process"
+        "loss ms: TempNet + loss, forward and backward to the logits; "
+        "peak MiB: of each loss's own process"
     )
 
 

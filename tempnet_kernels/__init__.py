@@ -1,4 +1,5 @@
-"""Losses with a learned temperature: Triton, CUDA C++ and CPU C++ kernels behind PyTorch autograd functions."""
+"""Losses with a learned temperature: Triton, CUDA C++ and CPU C++ kernels behind PyTorch autograd
+functions."""
 
 from tempnet_kernels import nn
 from tempnet_kernels.dro_cross_entropy import TokenStats, dro_cross_entropy

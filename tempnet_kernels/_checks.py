@@ -2,7 +2,8 @@
 
 
 def check_target(target, vocab_size, ignore_index):
-    """Raise IndexError for the first bad row of a target on the CPU; on a GPU that would wait for it."""
+    """Raise IndexError for the first bad row of a target on the CPU; on a GPU that would wait for
+    it."""
     if target.device.type != "cpu":
         return
     bad = (target != ignore_index) & ((target < 0) | (target >= vocab_size))

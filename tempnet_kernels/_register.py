@@ -1,7 +1,8 @@
 """Operators: one schema, three backends. The only user of ``torch.library.Library``.
 
-An operator ``tempnet::<name>`` is declared once and becomes the overloads ``.native`` (C++ or CUDA, registered by the
-compiled extensions through the LibTorch stable ABI), ``.triton`` and ``.reference`` (Python, imported at the first call).
+An operator ``tempnet::<name>`` is declared once and becomes the overloads ``.native`` (C++ or
+CUDA, registered by the compiled extensions through the LibTorch stable ABI), ``.triton`` and
+``.reference`` (Python, imported at the first call).
 """
 
 import importlib
@@ -19,8 +20,8 @@ _python_devices = {"triton": ("CUDA", "CPU"), "reference": ("CUDA", "CPU")}
 def define(schema, fake, module):
     """Declare ``name(args) -> returns`` for every backend.
 
-    ``fake`` computes the outputs' metadata; ``module`` is the file stem under ``triton/`` and ``reference/`` that holds a
-    function called ``name``.
+    ``fake`` computes the outputs' metadata; ``module`` is the file stem under ``triton/`` and
+    ``reference/`` that holds a function called ``name``.
     """
     name, rest = schema.split("(", 1)
     for backend in BACKENDS:
@@ -28,7 +29,8 @@ def define(schema, fake, module):
         _library.define(f"{op}({rest}")
         torch.library.register_fake(f"tempnet::{op}", fake, lib=_library)
         if "(a!)" in schema:
-            # Library.define does not bump the version of what an op writes: a stale use would be silently wrong.
+            # Library.define does not bump the version of what an op writes: a stale use would be
+            # silently wrong.
             _library.impl(op, _version_bump(name, backend), "ADInplaceOrView", with_keyset=True)
         for device in _python_devices.get(backend, ()):
             _library.impl(op, _lazy(name, backend, module), device)
@@ -59,19 +61,26 @@ def load_native():
 
 
 def missing(op, backend, device):
-    """Why ``backend`` cannot run ``tempnet::op`` on ``device`` ("cpu" or "cuda"), and what to do; None if it can."""
+    """Why ``backend`` cannot run ``tempnet::op`` on ``device`` ("cpu" or "cuda"), and what to do;
+    None if it can."""
     if backend == "native":
         key = "CUDA" if device == "cuda" else "CPU"
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"tempnet::{op}.native", key):
             return None
         if device == "cuda":
-            return "no CUDA kernel of this op is built in; use backend='triton' or 'reference'"
-        return "the C++ extension is not built: run `pip install --no-build-isolation -e .` in the repository"
+            return "there is no CUDA C++ kernel; use backend='triton' or 'reference'"
+        return (
+            "the C++ extension is not built: "
+            "run `pip install --no-build-isolation -e .` in the repository"
+        )
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed: run `pip install triton`"
         if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
-            return "Triton runs on CPU tensors only in its interpreter: set TRITON_INTERPRET=1 before the import"
+            return (
+                "Triton runs on CPU tensors only in its interpreter: "
+                "set TRITON_INTERPRET=1 before the import"
+            )
     return None
 
 
@@ -79,10 +88,11 @@ _available = {}
 
 
 def pick(function, op, backend, auto, device):
-    """The backend that runs ``op`` on tensors of ``device``; ``auto`` maps a device type to the fastest backend."""
+    """The backend that runs ``op`` on tensors of ``device``; ``auto`` maps a device type to the
+    fastest backend."""
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(
-            f"{function}: backend must be one of 'auto', {', '.join(map(repr, BACKENDS))}, got {backend!r}"
+            f"{function}: backend must be one of {('auto', *BACKENDS)}, got {backend!r}"
         )
     chosen = auto.get(device.type, "reference") if backend == "auto" else backend
     key = (op, chosen, device.type)

@@ -1,12 +1,14 @@
 """Token loss with a temperature per row: schema, autograd, public function.
 
-For a row of logits z (V columns), target y and temperature tau, with x = z / tau and p = softmax(x):
+For a row of logits z (V columns), target y and temperature tau, with x = z / tau and p =
+softmax(x):
 
     loss   = tau * (logsumexp(x) + rho - log V) - z_y
     d loss / d z   = p - onehot(y)
     d loss / d tau = rho - KL(p || uniform)
 
-Qiu et al., "To Cool or not to Cool? Temperature Network Meets Large Foundation Models via DRO", ICML 2024.
+Qiu et al., "To Cool or not to Cool? Temperature Network Meets Large Foundation Models via DRO",
+ICML 2024.
 """
 
 import functools
@@ -23,8 +25,9 @@ AUTO = {"cpu": "native", "cuda": "triton"}
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _REDUCTIONS = ("mean", "sum", "none")
 
-# Rows of the per-row result of the forward ops, [6, N] in the accumulation dtype (MATH.md letters). `m` and `log2_s` are
-# the base-2 state of the row; `grad_tau` is already multiplied by the row's scale.
+# Rows of the per-row result of the forward ops, [6, N] in the accumulation dtype (MATH.md
+# letters). `m` and `log2_s` are the base-2 state of the row; `grad_tau` is already multiplied by
+# the row's scale.
 LOSS, GRAD_TAU, M, LOG2_S, ENTROPY, LOG_PROB = range(6)
 ROWS = 6
 
@@ -70,31 +73,35 @@ def _fake_bwd(logits, target, tau, scale, rows, ignore_index, label_smoothing, z
     return logits.new_empty(logits.shape)
 
 
-# logits [N, V] with column stride 1; target [N] int32 or int64; tau and scale [N] in the accumulation dtype, any stride.
-# scale is the row's weight over the normaliser. A row with target == ignore_index is not read; one with scale 0 has
-# loss and gradients exactly 0. Returns (grad_logits, scale * loss, rows, argmax); grad_logits is scale * (c p - q) but
-# for float16, where it is c p - q: p / N underflows and the backward multiplies instead.
+# logits [N, V] with column stride 1; target [N] int32 or int64; tau and scale [N] in the
+# accumulation dtype, any stride. scale is the row's weight over the normaliser. A row with target
+# == ignore_index is not read; one with scale 0 has loss and gradients exactly 0. Returns
+# (grad_logits, scale * loss, rows, argmax); grad_logits is scale * (c p - q) but for float16,
+# where it is c p - q: p / N underflows and the backward multiplies instead.
 _register.define(
-    "dro_cross_entropy_fwd(Tensor logits, Tensor target, Tensor tau, Tensor scale, float rho, int ignore_index, "
-    "float label_smoothing, float z_loss, bool want_grad, bool want_argmax) -> (Tensor, Tensor, Tensor, Tensor)",
+    "dro_cross_entropy_fwd(Tensor logits, Tensor target, Tensor tau, Tensor scale, float rho, "
+    "int ignore_index, float label_smoothing, float z_loss, bool want_grad, bool want_argmax) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
     _fake_fwd,
     "dro_cross_entropy",
 )
 # The same, with grad_logits in the storage of the logits.
 _register.define(
-    "dro_cross_entropy_fwd_(Tensor(a!) logits, Tensor target, Tensor tau, Tensor scale, float rho, int ignore_index, "
-    "float label_smoothing, float z_loss, bool want_argmax) -> (Tensor, Tensor, Tensor)",
+    "dro_cross_entropy_fwd_(Tensor(a!) logits, Tensor target, Tensor tau, Tensor scale, "
+    "float rho, int ignore_index, float label_smoothing, float z_loss, bool want_argmax) "
+    "-> (Tensor, Tensor, Tensor)",
     _fake_fwd_,
     "dro_cross_entropy",
 )
 # grad_logits = scale * (c p - q) in one visit, from the state in rows; scaled for every dtype.
 _register.define(
-    "dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows, int ignore_index, "
-    "float label_smoothing, float z_loss) -> Tensor",
+    "dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows, "
+    "int ignore_index, float label_smoothing, float z_loss) -> Tensor",
     _fake_bwd,
     "dro_cross_entropy",
 )
-# grad[i] *= scale[i]; a row whose scale is 1 is not touched, one whose scale is 0 becomes exactly 0.
+# grad[i] *= scale[i]; a row whose scale is 1 is not touched, one whose scale is 0 becomes exactly
+# 0.
 _register.define(
     "scale_rows_(Tensor(a!) grad, Tensor scale) -> ()",
     lambda grad, scale: None,
@@ -108,7 +115,8 @@ def _op(name, backend):
 
 
 def _once_differentiable(backward):
-    """torch's decorator of that name lets ``create_graph=True`` pass where the upstream gradient is a constant."""
+    """torch's decorator of that name lets ``create_graph=True`` pass where the upstream gradient
+    is a constant."""
     first_order = torch.autograd.function.once_differentiable(backward)
 
     @functools.wraps(backward)
@@ -127,7 +135,8 @@ def _once_differentiable(backward):
 
 
 class _DROCrossEntropy(torch.autograd.Function):
-    """(logits [N, V], tau [N], scale [N]) -> scale * loss [N], and rows and argmax without a gradient."""
+    """(logits [N, V], tau [N], scale [N]) -> scale * loss [N], and rows and argmax without a
+    gradient."""
 
     @staticmethod
     def forward(logits, target, tau, scale, options, want_grad, want_argmax, backend):
@@ -141,7 +150,8 @@ class _DROCrossEntropy(torch.autograd.Function):
         _, rows, argmax, grad = output
         ctx.mark_non_differentiable(rows, argmax, grad)
         ctx.set_materialize_grads(False)
-        # What the backward needs of the logits: their gradient, or the logits themselves to make it (reduction "none").
+        # What the backward needs of the logits: their gradient, or the logits themselves to make
+        # it (reduction "none").
         wide = grad if ctx.want_grad else logits if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(wide, target, tau, scale, rows)
 
@@ -166,9 +176,11 @@ class _DROCrossEntropy(torch.autograd.Function):
 
 
 class _DROCrossEntropyOverwrite(torch.autograd.Function):
-    """As above, with the gradient in the storage of ``base``, whose rows of ``stride`` begin with the V logits.
+    """As above, with the gradient in the storage of ``base``, whose rows of ``stride`` begin with
+    the V logits.
 
-    ``base`` must not be a view: autograd tracks a write to a view only for functions with one output.
+    ``base`` must not be a view: autograd tracks a write to a view only for functions with one
+    output.
     """
 
     @staticmethod
@@ -196,8 +208,8 @@ class _DROCrossEntropyOverwrite(torch.autograd.Function):
         # The tracer of torch.compile feeds every output a gradient, used or not.
         if grad_base is not None and not torch.compiler.is_compiling():
             raise RuntimeError(
-                "dro_cross_entropy: the logits were used after overwrite_logits=True put their gradient in them; "
-                "use them before the loss, or pass overwrite_logits=False"
+                "dro_cross_entropy: the logits were used after overwrite_logits=True put their "
+                "gradient in them; use them before the loss, or pass overwrite_logits=False"
             )
         base, scale, rows = ctx.saved_tensors
         if grad_loss is None:
@@ -239,46 +251,53 @@ def dro_cross_entropy(
 ):
     r"""Distributionally robust cross entropy with a temperature per row.
 
-    With ``x = logits / tau`` and ``q = (1 - label_smoothing) * onehot(target) + label_smoothing / V``, a row's loss is
+    With ``x = logits / tau`` and ``q = (1 - label_smoothing) * onehot(target) + label_smoothing /
+    V``, a row's loss is
 
         tau * (logsumexp(x) + rho - log V) - sum_j q_j logits_j + z_loss * logsumexp(x)^2
 
-    With ``tau=1`` and ``rho=log V`` this is ``torch.nn.functional.cross_entropy``. The gradient of the logits is formed in
-    the forward visit for ``reduction`` "mean" and "sum", and recomputed in the backward for "none".
+    With ``tau=1`` and ``rho=log V`` this is ``torch.nn.functional.cross_entropy``. The gradient of
+    the logits is formed in the forward visit for ``reduction`` "mean" and "sum", and recomputed in
+    the backward for "none".
 
     Args:
-        logits: ``[..., V]`` float32, bfloat16, float16 or float64 (float64 on the CPU, or with backend "reference"). Any
-            row stride is used in place (a padded vocabulary is the view ``logits[..., :V]``); a column stride other than 1
-            costs a copy.
+        logits: ``[..., V]`` float32, bfloat16, float16 or float64 (float64 on the CPU, or with
+            backend "reference"). Any row stride is used in place (a padded vocabulary is the view
+            ``logits[..., :V]``); a column stride other than 1 costs a copy.
         target: ``[...]`` int64 or int32 class indices.
-        tau: temperature > 0: a number, a 0-d tensor or a tensor of the target's shape. A tensor gets a gradient.
+        tau: temperature > 0: a number, a 0-d tensor or a tensor of the target's shape. A tensor
+            gets a gradient.
         rho: KL radius in nats, a number.
-        row_weight: ``[...]`` real weight of each row's loss and gradients (masks, class weights, advantages); may want a
-            gradient.
-        normalizer: with "mean", what the sum is divided by, a number or a detached 0-d tensor (the token count of all
-            accumulated batches); default the sum of the weights of the rows that are not ignored. Weights that may be
-            negative need it: their sum can be 0 or negative, which is not checked (that would wait for the GPU).
+        row_weight: ``[...]`` real weight of each row's loss and gradients (masks, class weights,
+            advantages); may want a gradient.
+        normalizer: with "mean", what the sum is divided by, a number or a detached 0-d tensor (the
+            token count of all accumulated batches); default the sum of the weights of the rows
+            that are not ignored. Weights that may be negative need it: their sum can be 0 or
+            negative, which is not checked (that would wait for the GPU).
         ignore_index: rows with this target have loss 0, gradient 0, and do not count in the mean.
         label_smoothing: in [0, 1].
         z_loss: factor >= 0 of ``logsumexp(x)^2``.
         reduction: "mean", "sum" or "none" (a loss of the target's shape).
         return_stats: also return :class:`TokenStats` from the same visit.
-        overwrite_logits: put the gradient in the logits' storage, which saves the second ``[N, V]`` tensor. A later
-            use of the logits, and a second backward, raise. Without gradients (``no_grad``) they are left alone. Under
-            torch.compile pass logits that are no view; a later use is not detected there.
+        overwrite_logits: put the gradient in the logits' storage, which saves the second tensor
+            of their size. A later use of the logits, and a second backward, raise. Without
+            gradients (``no_grad``) they are left alone. Under torch.compile pass logits that are
+            no view; a later use is not detected there.
         backend: "auto", "native" (C++/CUDA), "triton" or "reference" (PyTorch).
 
     Returns:
-        The loss in float32 (float64 for float64 logits), 0-d or of the target's shape; with ``return_stats`` the pair
-        ``(loss, TokenStats)``. The mean over no rows is NaN. A row with a NaN or +inf logit, or with ``tau <= 0`` or NaN in a
-        tensor, has loss and gradient NaN.
+        The loss in float32 (float64 for float64 logits), 0-d or of the target's shape; with
+        ``return_stats`` the pair ``(loss, TokenStats)``. The mean over no rows is NaN. A row with
+        a NaN or +inf logit, or with ``tau <= 0`` or NaN in a tensor, has loss and gradient NaN.
 
     Raises:
-        ValueError, TypeError: an argument is off; the message names it, what was expected and what came.
-        IndexError: a target outside [0, V) other than ``ignore_index`` in CPU tensors. On a GPU that row is NaN instead.
+        ValueError, TypeError: an argument is off; the message names it, what was expected and what
+            came.
+        IndexError: a target outside [0, V) other than ``ignore_index`` in CPU tensors. On a GPU
+            that row is NaN instead.
         RuntimeError: the backend is not available here.
 
-    Source: arXiv 2404.04575, eq. (5) and Algorithm 1; official code ``GPT-2/megatron/model/tempnet.py``.
+    Source: arXiv 2404.04575; official code ``GPT-2/megatron/model/tempnet.py``.
     """
     name = "dro_cross_entropy"
     _check_arguments(
@@ -382,7 +401,8 @@ def _rows_of_tau(name, tau, target, logits, acc):
 
 
 def _row_scale(target, row_weight, normalizer, ignore_index, reduction, acc):
-    """(scale [N], the sum it was divided by or None): a scale holds the row's weight and the normaliser."""
+    """(scale [N], the sum it was divided by or None): a scale holds the row's weight and the
+    normaliser."""
     n = target.shape[0]
     weight = None
     if row_weight is not None:
@@ -396,13 +416,15 @@ def _row_scale(target, row_weight, normalizer, ignore_index, reduction, acc):
     else:
         total = torch.where(target != ignore_index, weight, 0).sum()
     empty = total == 0
-    # Divide by 1 where the sum is 0: a 0/0 in the branch not taken would reach the weights' gradient as NaN.
+    # Divide by 1 where the sum is 0: a 0/0 in the branch not taken would reach the weights'
+    # gradient as NaN.
     inverse = torch.where(empty, 0, 1 / torch.where(empty, 1, total))
     return (inverse.expand(n) if weight is None else weight * inverse), total
 
 
 def _storage_to_overwrite(name, logits, reduction):
-    """(tensor that is no view, row stride): rows of that stride in it begin with the rows of ``logits``."""
+    """(tensor that is no view, row stride): rows of that stride in it begin with the rows of
+    ``logits``."""
     if reduction == "none":
         raise ValueError(f"{name}: overwrite_logits needs reduction 'mean' or 'sum', got 'none'")
     if logits.is_leaf:
@@ -426,9 +448,10 @@ def _storage_to_overwrite(name, logits, reduction):
         )
     if not whole:
         raise ValueError(
-            f"{name}: overwrite_logits needs logits with column stride 1 whose rows fill their storage (the LM head's "
-            f"output, a reshape of it, or [..., :V] of it), got shape {tuple(logits.shape)} with strides "
-            f"{tuple(logits.stride())} in a tensor of shape {tuple(base.shape)}"
+            f"{name}: overwrite_logits needs logits with column stride 1 whose rows fill their "
+            "storage (the LM head's output, a reshape of it, or [..., :V] of it), got shape "
+            f"{tuple(logits.shape)} with strides {tuple(logits.stride())} in a tensor of shape "
+            f"{tuple(base.shape)}"
         )
     return base, stride
 

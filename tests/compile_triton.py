@@ -1,4 +1,5 @@
-"""Compiles the token-loss kernels for one architecture and prints what the compiler says of each, as JSON."""
+"""Compiles the token-loss kernels for one architecture and prints what the compiler says of each,
+as JSON."""
 
 import json
 import re

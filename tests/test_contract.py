@@ -1,4 +1,5 @@
-"""What odd input gets, and failures seen in other packages: one test each, named after the row or the failure."""
+"""What odd input gets, and failures seen in other packages: one test each, named after the row or
+the failure."""
 
 import math
 

@@ -112,6 +112,18 @@ def test_every_simd_level_is_as_accurate(simd_level, dtype):
         check("native", logits, target, tau, reduction=reduction, label_smoothing=0.1, z_loss=1e-3)
 
 
+@pytest.mark.parametrize("simd_level", native_levels(), indirect=True)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_every_16_bit_value_is_read_and_rounded_as_torch_does(simd_level, dtype):
+    values = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)[None]
+    for factor in (2.0, 0.37, 1e-3, 3e4):
+        got = values.clone()
+        torch.ops.tempnet.scale_rows_.native(got, torch.tensor([factor]))
+        expected = (values.float() * factor).to(dtype)
+        assert torch.equal(got.isnan(), expected.isnan())
+        assert torch.equal(got.nan_to_num(7.0), expected.nan_to_num(7.0))
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_equals_cross_entropy_at_tau_one_and_rho_log_v(backend, device):
     logits, target, _ = make((9, 500), device=device)

@@ -1,4 +1,5 @@
-"""Peak memory of the token loss on the CPU, as the operating system counts it; each case in a process of its own."""
+"""Peak memory of the token loss on the CPU, as the operating system counts it; each case in a
+process of its own."""
 
 import subprocess
 import sys

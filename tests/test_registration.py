@@ -1,4 +1,5 @@
-"""What PyTorch must be able to do with the op: opcheck, compile, func.grad, checkpointing, autocast, import."""
+"""What PyTorch must be able to do with the op: opcheck, compile, func.grad, checkpointing,
+autocast, import."""
 
 import subprocess
 import sys

@@ -1,6 +1,8 @@
-"""The Triton kernels compiled for sm_80 and sm_90 as the launcher would: nothing spills, NaN is kept.
+"""The Triton kernels compiled for sm_80 and sm_90 as the launcher would: nothing spills, NaN is
+kept.
 
-Runs without a GPU: ptxas and cuobjdump come with the triton wheel. The kernels are compiled in a subprocess, since this one
+Runs without a GPU: ptxas and cuobjdump come with the triton wheel. The kernels are compiled in a
+    subprocess, since this one
 may be in interpreter mode.
 """
 

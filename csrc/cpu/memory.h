@@ -9,8 +9,9 @@
 
 namespace tempnet {
 
-// Asks for huge pages under a fresh buffer. Where Linux grants them on request, which is its default, the gradient of the
-// logits then costs a page fault per 2 MiB instead of per 4 KiB: faults are more than half of the time of writing it.
+// Asks for huge pages under a fresh buffer. Where Linux grants them on request, which is its
+// default, the gradient of the logits then costs a page fault per 2 MiB instead of per 4 KiB:
+// faults are more than half of the time of writing it.
 inline void prefer_huge_pages(void* data, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t kPage = uintptr_t(2) << 20;

@@ -9,7 +9,8 @@ from tempnet_kernels.dro_cross_entropy import dro_cross_entropy
 
 
 class TemperatureStats(NamedTuple):
-    """Statistics of a batch's temperatures over the rows that are not ignored: detached 0-d tensors."""
+    """Statistics of a batch's temperatures over the rows that are not ignored: detached 0-d
+    tensors."""
 
     mean: torch.Tensor
     min: torch.Tensor
@@ -56,11 +57,13 @@ class DROCrossEntropyLoss(nn.Module):
 class TempNetCrossEntropyLoss(nn.Module):
     """Token loss at the temperatures that ``tempnet`` predicts from the detached logits.
 
-    Holds the TempNet, so that an optimizer, DDP and a checkpoint of this module see its parameters. The gradient of the
-    logits is that of the loss at these temperatures; the TempNet learns from d loss / d tau = rho - KL.
+    Holds the TempNet, so that an optimizer, DDP and a checkpoint of this module see its
+    parameters. The gradient of the logits is that of the loss at these temperatures; the TempNet
+    learns from d loss / d tau = rho - KL.
 
     Args:
-        tempnet: a module from logits ``[..., V]`` to temperatures ``[...]``, with ``tau_min`` and ``tau_max``.
+        tempnet: a module from logits ``[..., V]`` to temperatures ``[...]``, with ``tau_min`` and
+            ``tau_max``.
         rho: KL radius in nats.
         options: the keywords of :class:`DROCrossEntropyLoss`.
     """
@@ -73,7 +76,8 @@ class TempNetCrossEntropyLoss(nn.Module):
         self._live = None
 
     def forward(self, logits, target, *, row_weight=None, normalizer=None):
-        """logits ``[..., V]``, target ``[...]`` -> the loss, or ``(loss, TokenStats)`` with ``return_stats``."""
+        """logits ``[..., V]``, target ``[...]`` -> the loss, or ``(loss, TokenStats)`` with
+        ``return_stats``."""
         tau = self.tempnet(logits.detach())
         self._tau = tau.detach()
         self._live = target != self.loss.options["ignore_index"]

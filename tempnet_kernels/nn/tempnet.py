@@ -12,26 +12,28 @@ PREFIXES = ("module.tempnet.", "tempnet.")
 class TempNet(nn.Module):
     r"""Predicts a temperature for every row of logits.
 
-    With ``x = z / max(||z||, 1e-12)`` and ``h = proj(x)`` (a sigmoid layer, dropout, a linear layer):
+    With ``x = z / max(||z||, 1e-12)`` and ``h = proj(x)`` (a sigmoid layer, dropout, a linear
+    layer):
 
         w   = softmax(h / exp(scaler))
         tau = tau_min + (tau_max - tau_min) * sigmoid(last((w - 1/hidden_size) * h))
 
-    The logits are detached: the network learns from the temperature's gradient alone. A -inf logit counts as 0 after
-    centring, so every temperature is finite where some logit of the row is.
+    The logits are detached: the network learns from the temperature's gradient alone. A -inf logit
+    counts as 0 after centring, so every temperature is finite where some logit of the row is.
 
     Args:
         vocab_size: V, the number of columns of the logits.
         tau_min, tau_max: bounds of the temperature, 0 < tau_min < tau_max.
         hidden_size: width of both layers; the published checkpoints have 256.
-        center: ``"max"`` subtracts each row's largest logit first (LLaMA-2, and generation); ``None`` takes raw logits.
+        center: ``"max"`` subtracts each row's largest logit first (LLaMA-2, and generation);
+            ``None`` takes raw logits.
         dropout: probability, in training mode.
 
-    The state dict has the published names: ``proj.0``, ``proj.3``, ``last``, ``scaler``. ``load_state_dict`` also takes the
-    full state dict of a model that holds one under ``tempnet.`` or ``module.tempnet.``, a scaler of shape ``()`` or ``[1]``,
-    and any float dtype.
+    The state dict has the published names: ``proj.0``, ``proj.3``, ``last``, ``scaler``.
+    ``load_state_dict`` also takes the full state dict of a model that holds one under ``tempnet.``
+    or ``module.tempnet.``, a scaler of shape ``()`` or ``[1]``, and any float dtype.
 
-    Source: arXiv 2404.04575, section 4; official code ``GPT-2/megatron/model/tempnet.py``.
+    Source: arXiv 2404.04575; official code ``GPT-2/megatron/model/tempnet.py``.
     """
 
     def __init__(
@@ -42,7 +44,8 @@ class TempNet(nn.Module):
             raise ValueError(f"TempNet: vocab_size must be >= 1, got {vocab_size}")
         if not 0 < tau_min < tau_max < math.inf:
             raise ValueError(
-                f"TempNet: tau_min and tau_max must satisfy 0 < tau_min < tau_max, got {tau_min} and {tau_max}"
+                "TempNet: tau_min and tau_max must satisfy 0 < tau_min < tau_max, "
+                f"got {tau_min} and {tau_max}"
             )
         if center not in (None, "max"):
             raise ValueError(f"TempNet: center must be None or 'max', got {center!r}")
@@ -63,10 +66,12 @@ class TempNet(nn.Module):
         self.register_load_state_dict_pre_hook(_accept_published_layouts)
 
     def forward(self, logits):
-        """logits ``[..., V]`` of a float dtype -> temperatures ``[...]`` in float32 (float64 for a float64 network)."""
+        """logits ``[..., V]`` of a float dtype -> temperatures ``[...]`` in float32 (float64 for a
+        float64 network)."""
         if logits.shape[-1] != self.vocab_size:
             raise ValueError(
-                f"TempNet: logits must have {self.vocab_size} columns, got shape {tuple(logits.shape)}"
+                f"TempNet: logits must have {self.vocab_size} columns, "
+                f"got shape {tuple(logits.shape)}"
             )
         dtype = self.proj[0].weight.dtype
         z = logits.detach()
@@ -82,7 +87,8 @@ class TempNet(nn.Module):
         return self.tau_min + (self.tau_max - self.tau_min) * torch.sigmoid(t)
 
     def extra_repr(self):
-        return f"vocab_size={self.vocab_size}, tau=[{self.tau_min}, {self.tau_max}], center={self.center!r}"
+        bounds = f"tau=[{self.tau_min}, {self.tau_max}]"
+        return f"vocab_size={self.vocab_size}, {bounds}, center={self.center!r}"
 
 
 def _accept_published_layouts(module, state_dict, prefix, *_):

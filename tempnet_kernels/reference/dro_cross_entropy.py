@@ -1,4 +1,5 @@
-"""The token loss in plain PyTorch: MATH as written in ``tempnet_kernels.dro_cross_entropy``, whole rows at a time."""
+"""The token loss in plain PyTorch: MATH as written in ``tempnet_kernels.dro_cross_entropy``, whole
+rows at a time."""
 
 import math
 
@@ -43,7 +44,8 @@ def scale_rows_(grad, scale):
 
 
 def _prepare(logits, target, tau, ignore_index):
-    """(logits in the accumulation dtype, NaN in bad rows; a column to gather from; rows not ignored)."""
+    """(logits in the accumulation dtype, NaN in bad rows; a column to gather from; rows not
+    ignored)."""
     v = logits.shape[1]
     check_target(target, v, ignore_index)
     live = target != ignore_index

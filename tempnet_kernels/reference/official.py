@@ -8,8 +8,8 @@ import torch.nn.functional as F
 def official_cross_entropy(logits, target, tau, rho):
     """Mean token loss of the official code: logits ``[..., V]``, target ``[...]``, tau ``[...]``.
 
-    The same number as :func:`tempnet_kernels.dro_cross_entropy` on rows that all count. It has no masks: an ignored row
-    adds ``(rho - log V) * tau`` and counts in the mean.
+    The same number as :func:`tempnet_kernels.dro_cross_entropy` on rows that all count. It has no
+    masks: an ignored row adds ``(rho - log V) * tau`` and counts in the mean.
 
     Source: ``GPT-2/megatron/model/tempnet.py``, function ``tau_cross_entropy``.
     """

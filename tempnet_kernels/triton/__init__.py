@@ -1,1 +1,2 @@
-"""The operators in Triton, for CUDA tensors; for CPU tensors in its interpreter (TRITON_INTERPRET=1)."""
+"""The operators in Triton, for CUDA tensors; for CPU tensors in its interpreter
+(TRITON_INTERPRET=1)."""

@@ -1,4 +1,5 @@
-"""The token loss in Triton: one visit where a row fits in registers, two through the L2 cache above."""
+"""The token loss in Triton: one visit where a row fits in registers, two through the L2 cache
+above."""
 
 import contextlib
 import math
@@ -28,7 +29,8 @@ NO_COLUMN = tl.constexpr(2**31 - 1)
 def config(v, extras):
     """(kernel, BLOCK, num_warps) for rows of ``v`` columns.
 
-    ``extras``: label smoothing or argmax, which keep more of the row alive: a thread then holds fewer columns.
+    ``extras``: label smoothing or argmax, which keep more of the row alive: a thread then holds
+    fewer columns.
     """
     if v <= ONE_PASS_COLUMNS // (2 if extras else 1):
         block = max(16, triton.next_power_of_2(v))
@@ -66,19 +68,8 @@ def _store_row(loss_ptr, rows_ptr, i, n, scale, loss, grad_tau, m, log2_s, entro
 @triton.jit
 def _store_ignored(loss_ptr, rows_ptr, argmax_ptr, grad_ptr, i, n, v, WANT_GRAD: tl.constexpr,
                    WANT_ARGMAX: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
-    _store_row(
-        loss_ptr,
-        rows_ptr,
-        i,
-        n,
-        0.0,
-        0.0,
-        0.0,
-        float("nan"),
-        float("nan"),
-        float("nan"),
-        float("nan"),
-    )
+    nan = float("nan")
+    _store_row(loss_ptr, rows_ptr, i, n, 0.0, 0.0, 0.0, nan, nan, nan, nan)
     if WANT_ARGMAX:
         tl.store(argmax_ptr + i, -1)
     if WANT_GRAD:
@@ -91,7 +82,7 @@ def _store_ignored(loss_ptr, rows_ptr, argmax_ptr, grad_ptr, i, n, v, WANT_GRAD:
 
 @triton.jit
 def _gradient(e, columns, y, z_y, a, m, inverse_s, c, scale, v, label_smoothing):
-    """scale * (c p - q) with p = e / s; the target's column in fp32 before it is rounded: p_y - 1 cancels."""
+    """scale * (c p - q) with p = e / s; the target's column in fp32, since p_y - 1 cancels."""
     p_y = tl.exp2(centred(z_y, a, m)) * inverse_s
     grad_y = scale * ((c * p_y - 1) + label_smoothing * (1 - 1 / v.to(tl.float32)))
     grad = e * (scale * c * inverse_s) - scale * label_smoothing / v.to(tl.float32)
@@ -101,9 +92,9 @@ def _gradient(e, columns, y, z_y, a, m, inverse_s, c, scale, v, label_smoothing)
 
 @triton.jit
 def one_pass_kernel(
-    logits_ptr, logits_stride, grad_ptr, grad_stride, target_ptr, target_stride, tau_ptr, tau_stride,
-    scale_ptr, scale_stride, loss_ptr, rows_ptr, argmax_ptr, n, v, ignore_index, rho, log_v,
-    label_smoothing, z_loss, UNSCALED: tl.constexpr, WANT_GRAD: tl.constexpr,
+    logits_ptr, logits_stride, grad_ptr, grad_stride, target_ptr, target_stride, tau_ptr,
+    tau_stride, scale_ptr, scale_stride, loss_ptr, rows_ptr, argmax_ptr, n, v, ignore_index, rho,
+    log_v, label_smoothing, z_loss, UNSCALED: tl.constexpr, WANT_GRAD: tl.constexpr,
     WANT_ARGMAX: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i, y, tau, scale, ignored = _begin_row(
@@ -149,9 +140,9 @@ def one_pass_kernel(
 
 @triton.jit
 def two_pass_kernel(
-    logits_ptr, logits_stride, grad_ptr, grad_stride, target_ptr, target_stride, tau_ptr, tau_stride,
-    scale_ptr, scale_stride, loss_ptr, rows_ptr, argmax_ptr, n, v, ignore_index, rho, log_v,
-    label_smoothing, z_loss, UNSCALED: tl.constexpr, WANT_GRAD: tl.constexpr,
+    logits_ptr, logits_stride, grad_ptr, grad_stride, target_ptr, target_stride, tau_ptr,
+    tau_stride, scale_ptr, scale_stride, loss_ptr, rows_ptr, argmax_ptr, n, v, ignore_index, rho,
+    log_v, label_smoothing, z_loss, UNSCALED: tl.constexpr, WANT_GRAD: tl.constexpr,
     WANT_ARGMAX: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i, y, tau, scale, ignored = _begin_row(
