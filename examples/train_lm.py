@@ -1,12 +1,12 @@
 """Train a small GPT with learned temperatures on the source code of the Python standard library.
 
-    python examples/train_lm.py                  # the four losses in turn, a table and pictures in
-    runs/lm python examples/train_lm.py --loss tempnet   # one of them
+    python examples/train_lm.py                  # the four losses in turn, a table and pictures
+    python examples/train_lm.py --loss tempnet   # one of them
     python examples/train_lm.py --resume         # go on where Ctrl-C stopped
 
-The losses: ``ce`` (plain cross entropy), ``official`` (TempNet through the authors' formula in
-    eager PyTorch), ``tempnet``
-(the same through tempnet_kernels) and ``frozen`` (the ``ce`` model frozen, only a TempNet trained).
+Everything is written to runs/lm. The losses: ``ce`` (plain cross entropy), ``official`` (TempNet
+through the authors' formula in eager PyTorch), ``tempnet`` (the same through tempnet_kernels) and
+``frozen`` (the ``ce`` model frozen, only a TempNet trained).
 """
 
 import json

@@ -25,9 +25,8 @@ AUTO = {"cpu": "native", "cuda": "triton"}
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _REDUCTIONS = ("mean", "sum", "none")
 
-# Rows of the per-row result of the forward ops, [6, N] in the accumulation dtype (MATH.md
-# letters). `m` and `log2_s` are the base-2 state of the row; `grad_tau` is already multiplied by
-# the row's scale.
+# Rows of the per-row result of the forward ops, [6, N] in the accumulation dtype. M and LOG2_S are
+# the base-2 state of the row (docs/numerics.md); GRAD_TAU is already multiplied by its scale.
 LOSS, GRAD_TAU, M, LOG2_S, ENTROPY, LOG_PROB = range(6)
 ROWS = 6
 
@@ -283,7 +282,7 @@ def dro_cross_entropy(
             of their size. A later use of the logits, and a second backward, raise. Without
             gradients (``no_grad``) they are left alone. Under torch.compile pass logits that are
             no view; a later use is not detected there.
-        backend: "auto", "native" (C++/CUDA), "triton" or "reference" (PyTorch).
+        backend: "auto", "native" (C++, CPU), "triton" or "reference" (PyTorch).
 
     Returns:
         The loss in float32 (float64 for float64 logits), 0-d or of the target's shape; with

@@ -1,5 +1,4 @@
-"""The token loss in plain PyTorch: MATH as written in ``tempnet_kernels.dro_cross_entropy``, whole
-rows at a time."""
+"""The token loss in plain PyTorch, whole rows at a time."""
 
 import math
 
