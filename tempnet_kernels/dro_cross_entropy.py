@@ -355,8 +355,10 @@ def _check_arguments(
         raise TypeError(f"{name}: target must be int64 or int32, got {target.dtype}")
     _check_like(name, "target", target, tuple(logits.shape[:-1]), logits.device)
     if row_weight is not None:
-        if not isinstance(row_weight, torch.Tensor) or row_weight.dtype == torch.complex64:
+        if not isinstance(row_weight, torch.Tensor):
             raise TypeError(f"{name}: row_weight must be a tensor, got {type(row_weight).__name__}")
+        if row_weight.dtype.is_complex:
+            raise TypeError(f"{name}: row_weight must be real, got {row_weight.dtype}")
         _check_like(name, "row_weight", row_weight, tuple(target.shape), logits.device)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{name}: reduction must be one of {_REDUCTIONS}, got {reduction!r}")
@@ -409,7 +411,12 @@ def _row_scale(target, row_weight, normalizer, ignore_index, reduction, acc):
     if reduction != "mean":
         return (target.new_ones((), dtype=acc).expand(n) if weight is None else weight), None
     if normalizer is not None:
-        total = torch.as_tensor(normalizer, dtype=acc, device=target.device)
+        # Filled on the device: copying a number there would wait for it.
+        total = (
+            normalizer.to(acc)
+            if isinstance(normalizer, torch.Tensor)
+            else torch.full((), normalizer, dtype=acc, device=target.device)
+        )
     elif weight is None:
         total = (target != ignore_index).sum().to(acc)
     else:

@@ -112,6 +112,52 @@ def test_every_simd_level_is_as_accurate(simd_level, dtype):
         check("native", logits, target, tau, reduction=reduction, label_smoothing=0.1, z_loss=1e-3)
 
 
+@pytest.fixture
+def two_passes(monkeypatch):
+    """Rows that fit in registers go through the kernel for those that do not."""
+    from tempnet_kernels.triton import dro_cross_entropy as kernels
+
+    monkeypatch.setattr(kernels, "ONE_PASS_COLUMNS", 0)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, (2, 20000)], ids=str)
+def test_two_pass_kernel_matches_the_definition(two_passes, shape, dtype, device):
+    logits, target, tau = make(shape, dtype, device)
+    check("triton", logits, target, tau)
+    check("triton", logits, target, tau, label_smoothing=0.1, z_loss=1e-2)
+
+
+@pytest.mark.parametrize("tau", [1.0, 0.005])
+def test_two_pass_kernel_on_odd_rows(two_passes, tau, device):
+    logits = torch.randn(6, 20000, device=device) * 3 * tau + 1e4
+    logits[0, :17000] = -math.inf
+    logits[1, 19000] = math.nan
+    logits[2, 5] = math.inf
+    logits[3] = -math.inf
+    logits[4, [9000, 19999]] = 2e4
+    target = torch.arange(6, device=device) + 19000
+    tau = torch.full((6,), tau, device=device)
+    results = []
+    for backend in ("triton", "reference"):
+        z = logits.clone().requires_grad_()
+        wide = z * 1.0
+        loss, stats = dro_cross_entropy(
+            wide, target, tau, RHO, reduction="sum", return_stats=True, overwrite_logits=True,
+            backend=backend,
+        )  # fmt: skip
+        loss.backward()
+        results.append((*stats, z.grad))
+    assert results[0][4].tolist() == [*results[1][4].tolist()[:4], 9000, results[1][4][5].item()]
+    assert results[0][4][1:4].tolist() == [-1, -1, -1]
+    for got, expected in zip(results[0], results[1], strict=True):
+        if got.dtype == torch.int64:
+            continue
+        rows = [0, 4, 5]
+        torch.testing.assert_close(got[rows], expected[rows], rtol=1e-5, atol=2e-5)
+    assert results[0][5][1:4].isnan().any(1).all()
+
+
 @pytest.mark.parametrize("simd_level", native_levels(), indirect=True)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_every_16_bit_value_is_read_and_rounded_as_torch_does(simd_level, dtype):
