@@ -16,7 +16,7 @@ from tempnet_kernels import dro_cross_entropy
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 RHO = 8.0
-ROUNDS = 11
+ROUNDS = 7
 TEMPERED = ("official eager", "official compiled", "tempnet_kernels")
 
 

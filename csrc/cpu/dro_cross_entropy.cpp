@@ -10,7 +10,6 @@
 
 #include "../checks.h"
 #include "../online_softmax.h"
-#include "memory.h"
 #include "vectorize.h"
 
 namespace tempnet {
@@ -103,6 +102,7 @@ TEMPNET_INLINE Block<T> reduce_block(const Z* logits, int64_t count, T a) {
       sx += e * clamped;
       su += u;
     }
+    prefetch(logits + kBlock + begin, kSum);
     block.state.s += s;
     block.state.sx += sx;
     block.su += su;
@@ -336,19 +336,11 @@ RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& targe
   return {loss, rows, argmax};
 }
 
-Tensor new_gradient(const Tensor& logits, int64_t n) {
-  Tensor grad = torch::stable::new_empty(logits, {n, logits.size(1)});
-  for_dtype(logits, [&](auto types) {
-    const int64_t bytes = grad.numel() * int64_t(sizeof(typename decltype(types)::Storage));
-    prefer_huge_pages(grad.mutable_data_ptr(), bytes);
-  });
-  return grad;
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> dro_cross_entropy_fwd(
     Tensor logits, Tensor target, Tensor tau, Tensor scale, double rho, int64_t ignore_index,
     double label_smoothing, double z_loss, bool want_grad, bool want_argmax) {
-  Tensor grad = new_gradient(logits, want_grad ? logits.size(0) : 0);
+  const int64_t grad_rows = want_grad ? logits.size(0) : 0;
+  Tensor grad = torch::stable::new_empty(logits, {grad_rows, logits.size(1)});
   auto [loss, rows, argmax] = forward(logits, want_grad ? &grad : nullptr, target, tau, scale, rho,
                                       ignore_index, label_smoothing, z_loss, want_argmax);
   return {grad, loss, rows, argmax};
@@ -363,7 +355,7 @@ RowTensors dro_cross_entropy_fwd_(Tensor logits, Tensor target, Tensor tau, Tens
 
 Tensor dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows,
                              int64_t ignore_index, double label_smoothing, double z_loss) {
-  Tensor grad = new_gradient(logits, logits.size(0));
+  Tensor grad = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
   for_dtype(logits, [&](auto types) {
     using Z = typename decltype(types)::Storage;
     using T = typename decltype(types)::Accumulator;

@@ -74,6 +74,13 @@ TEMPNET_INLINE To bit_cast(From from) {
   return to;
 }
 
+// Ask for `count` elements ahead of their use. An address past the end is no fault.
+template <class T>
+TEMPNET_INLINE void prefetch(const T* data, int64_t count) {
+  constexpr int64_t kLine = 64 / sizeof(T);
+  for (int64_t j = 0; j < count; j += kLine) __builtin_prefetch(data + j);
+}
+
 // Storage types. Conversions by integer arithmetic: they vectorise at every level.
 struct BFloat16 {
   uint16_t bits;
