@@ -1,0 +1,208 @@
+// The token loss on a GPU: the operators under the CUDA key. The kernels are in the .cuh.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cmath>
+#include <tuple>
+
+#include "../checks.h"
+#include "dro_cross_entropy.cuh"
+#include "launch_plan.h"
+
+namespace tempnet {
+namespace {
+
+using namespace device;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+constexpr const char* kName = "dro_cross_entropy";
+constexpr int64_t kMaxColumns = int64_t(1) << 28;  // byte offsets within a row stay in 32 bits
+
+// The tensors' device for the lifetime of this, and its current stream.
+struct OnDevice {
+  explicit OnDevice(const Tensor& tensor) : guard(tensor.get_device_index()) {
+    const int index = tensor.get_device_index();
+    void* current = nullptr;
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
+    stream = static_cast<Stream>(current);
+    int major = 0, minor = 0;
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index),
+          "cudaDeviceGetAttribute");
+    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index),
+          "cudaDeviceGetAttribute");
+    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index),
+          "cudaDeviceGetAttribute");
+    arch = 10 * major + minor;
+  }
+  torch::stable::accelerator::DeviceGuard guard;
+  Stream stream;
+  int multiprocessors, arch;
+};
+
+template <class F>
+void for_dtype(const Tensor& tensor, F f) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::BFloat16:
+      return f(device::BFloat16{});
+    case ScalarType::Half:
+      return f(device::Half{});
+    default:
+      throw_bad_argument(kName, "logits", "float32, bfloat16 or float16 on a GPU");
+  }
+}
+
+Params shape_params(const Tensor& wide) {
+  Params params{};
+  params.n = wide.size(0);
+  if (wide.size(1) > kMaxColumns) throw_bad_argument(kName, "logits", "of at most 2^28 columns");
+  params.v = static_cast<int>(wide.size(1));
+  if (params.v > 1 && wide.stride(1) != 1) {
+    throw_bad_argument(kName, "logits", "of column stride 1");
+  }
+  return params;
+}
+
+Params row_params(const Tensor& logits, const Tensor& target, const Tensor& tau,
+                  const Tensor& scale, double rho, int64_t ignore_index, double label_smoothing,
+                  double z_loss) {
+  Params params = shape_params(logits);
+  params.logits = logits.const_data_ptr();
+  params.logits_stride = logits.stride(0);
+  params.target = target.const_data_ptr();
+  params.target_stride = target.stride(0);
+  params.wide_target = target.scalar_type() == ScalarType::Long;
+  params.tau = static_cast<const float*>(tau.const_data_ptr());
+  params.tau_stride = tau.stride(0);
+  params.scale = static_cast<const float*>(scale.const_data_ptr());
+  params.scale_stride = scale.stride(0);
+  params.ignore_index = ignore_index;
+  params.options = {float(rho), float(std::log(double(params.v))), float(label_smoothing),
+                    float(z_loss)};
+  return params;
+}
+
+using RowTensors = std::tuple<Tensor, Tensor, Tensor>;
+
+RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& target,
+                   const Tensor& tau, const Tensor& scale, double rho, int64_t ignore_index,
+                   double label_smoothing, double z_loss, bool want_argmax) {
+  const OnDevice on(logits);
+  const int64_t n = logits.size(0);
+  Tensor loss = torch::stable::new_empty(tau, {n});
+  Tensor rows = torch::stable::new_empty(tau, {kRowFields, n});
+  Tensor argmax = torch::stable::new_empty(tau, {want_argmax ? n : 0}, ScalarType::Long);
+  if (n == 0) return {loss, rows, argmax};
+  Params params =
+      row_params(logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss);
+  if (grad) {
+    params.grad = grad->mutable_data_ptr();
+    params.grad_stride = grad->stride(0);
+  }
+  params.loss = static_cast<float*>(loss.mutable_data_ptr());
+  params.rows = static_cast<float*>(rows.mutable_data_ptr());
+  params.argmax = want_argmax ? static_cast<int64_t*>(argmax.mutable_data_ptr()) : nullptr;
+  // fp16 is stored unscaled: p / N underflows where no loss scale can bring it back.
+  params.unscaled = logits.scalar_type() == ScalarType::Half;
+  for_dtype(logits, [&](auto zero) {
+    using Z = decltype(zero);
+    const bool aligned = reinterpret_cast<uintptr_t>(params.logits) % 16 == 0 &&
+                         params.logits_stride * sizeof(Z) % 16 == 0;
+    const Plan plan =
+        plan_forward(n, params.v, sizeof(Z), aligned, on.arch, on.multiprocessors,
+                     needs_extras(params));
+    Tensor parts = tau;  // holds the memory until the launches are queued
+    if (plan.kernel == Kernel::kSplit) {
+      const int64_t count = n * divide_up(params.v, plan.slice);
+      parts = torch::stable::new_empty(tau, {count * int64_t(sizeof(Record) / sizeof(float))});
+      params.parts = static_cast<Partial*>(parts.mutable_data_ptr());
+      params.extras = reinterpret_cast<Extras*>(params.parts + count);
+    }
+    launch_forward<Z>(params, plan, on.multiprocessors, on.stream);
+  });
+  return {loss, rows, argmax};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> dro_cross_entropy_fwd(
+    Tensor logits, Tensor target, Tensor tau, Tensor scale, double rho, int64_t ignore_index,
+    double label_smoothing, double z_loss, bool want_grad, bool want_argmax) {
+  const int64_t grad_rows = want_grad ? logits.size(0) : 0;
+  Tensor grad = torch::stable::new_empty(logits, {grad_rows, logits.size(1)});
+  auto [loss, rows, argmax] = forward(logits, want_grad ? &grad : nullptr, target, tau, scale, rho,
+                                      ignore_index, label_smoothing, z_loss, want_argmax);
+  return {grad, loss, rows, argmax};
+}
+
+RowTensors dro_cross_entropy_fwd_(Tensor logits, Tensor target, Tensor tau, Tensor scale,
+                                  double rho, int64_t ignore_index, double label_smoothing,
+                                  double z_loss, bool want_argmax) {
+  return forward(logits, &logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss,
+                 want_argmax);
+}
+
+Tensor dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows,
+                             int64_t ignore_index, double label_smoothing, double z_loss) {
+  const OnDevice on(logits);
+  Tensor grad = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
+  Params params = row_params(logits, target, tau, scale, 0, ignore_index, label_smoothing, z_loss);
+  params.grad = grad.mutable_data_ptr();
+  params.grad_stride = grad.stride(0);
+  params.rows = static_cast<float*>(rows.mutable_data_ptr());
+  for_dtype(logits, [&](auto zero) {
+    launch_elementwise(backward_kernel<decltype(zero)>, params, on.stream);
+  });
+  return grad;
+}
+
+void scale_rows_(Tensor grad, Tensor scale) {
+  const OnDevice on(grad);
+  Params params = shape_params(grad);
+  params.grad = grad.mutable_data_ptr();
+  params.grad_stride = grad.stride(0);
+  params.scale = static_cast<const float*>(scale.const_data_ptr());
+  params.scale_stride = scale.stride(0);
+  for_dtype(grad, [&](auto zero) {
+    launch_elementwise(scale_kernel<decltype(zero)>, params, on.stream);
+  });
+}
+
+}  // namespace
+
+LaunchPlan launch_plan(int64_t n, int64_t v, const std::string& dtype, int arch) {
+  int devices = 0, multiprocessors = 132;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess) devices = 0;
+  if (devices) {
+    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, 0),
+          "cudaDeviceGetAttribute");
+  }
+  const auto describe = [&](auto zero) {
+    using Z = decltype(zero);
+    const Plan plan =
+        plan_forward(n, int(v), sizeof(Z), v * sizeof(Z) % 16 == 0, arch, multiprocessors, false);
+    int bytes = kBlockMergeBytes, registers = -1;
+    if (plan.kernel == Kernel::kCluster) {
+      bytes = cluster_shared_bytes(plan.slice * int(sizeof(Z)), plan.cluster, false);
+    }
+    if (devices) registers = registers_of(forward_kernel<Z, kGradient>(plan));
+    return LaunchPlan{kernel_name(plan.kernel), plan.cluster, plan.threads, plan.vectors,
+                      plan.slice,               bytes,        registers};
+  };
+  if (dtype == "float32") return describe(float{});
+  if (dtype == "bfloat16") return describe(device::BFloat16{});
+  if (dtype == "float16") return describe(device::Half{});
+  throw_bad_argument("launch_plan", "dtype", "'float32', 'bfloat16' or 'float16'");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(tempnet, CUDA, library) {
+  library.impl("dro_cross_entropy_fwd.native", TORCH_BOX(&dro_cross_entropy_fwd));
+  library.impl("dro_cross_entropy_fwd_.native", TORCH_BOX(&dro_cross_entropy_fwd_));
+  library.impl("dro_cross_entropy_bwd.native", TORCH_BOX(&dro_cross_entropy_bwd));
+  library.impl("scale_rows_.native", TORCH_BOX(&scale_rows_));
+}
+
+}  // namespace tempnet

@@ -1,0 +1,105 @@
+// The emulated kernels as a Python module: pointers in, and kernels with planted faults.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "cuda/dro_cross_entropy.cuh"
+#include "faults.h"
+
+namespace tempnet {
+namespace {
+
+namespace py = pybind11;
+using namespace device;
+
+template <class T>
+T* pointer(const py::dict& d, const char* name) {
+  return reinterpret_cast<T*>(d[name].cast<uintptr_t>());
+}
+
+Params params_from(const py::dict& d) {
+  Params p{};
+  p.n = d["n"].cast<int64_t>();
+  p.v = d["v"].cast<int>();
+  p.logits = pointer<void>(d, "logits");
+  p.logits_stride = d["logits_stride"].cast<int64_t>();
+  p.grad = pointer<void>(d, "grad");
+  p.grad_stride = d["grad_stride"].cast<int64_t>();
+  p.target = pointer<void>(d, "target");
+  p.target_stride = d["target_stride"].cast<int64_t>();
+  p.wide_target = d["wide_target"].cast<bool>();
+  p.tau = pointer<float>(d, "tau");
+  p.tau_stride = d["tau_stride"].cast<int64_t>();
+  p.scale = pointer<float>(d, "scale");
+  p.scale_stride = d["scale_stride"].cast<int64_t>();
+  p.loss = pointer<float>(d, "loss");
+  p.rows = pointer<float>(d, "rows");
+  p.argmax = pointer<int64_t>(d, "argmax");
+  p.ignore_index = d["ignore_index"].cast<int64_t>();
+  p.options = {d["rho"].cast<float>(), float(std::log(double(p.v))),
+               d["label_smoothing"].cast<float>(), d["z_loss"].cast<float>()};
+  p.unscaled = d["unscaled"].cast<bool>();
+  p.parts = pointer<Partial>(d, "parts");
+  p.extras = pointer<Extras>(d, "extras");
+  return p;
+}
+
+template <class F>
+void for_dtype(const std::string& dtype, F f) {
+  if (dtype == "float32") return f(float{});
+  if (dtype == "bfloat16") return f(BFloat16{});
+  if (dtype == "float16") return f(Half{});
+  throw std::invalid_argument("dtype");
+}
+
+Plan plan_from(const py::dict& d) {
+  return {static_cast<Kernel>(d["kernel"].cast<int>()), d["cluster"].cast<int>(),
+          d["threads"].cast<int>(), d["vectors"].cast<int>(), d["slice"].cast<int>()};
+}
+
+py::dict plan_dict(const Plan& plan) {
+  py::dict d;
+  d["kernel"] = int(plan.kernel);
+  d["name"] = kernel_name(plan.kernel);
+  d["cluster"] = plan.cluster;
+  d["threads"] = plan.threads;
+  d["vectors"] = plan.vectors;
+  d["slice"] = plan.slice;
+  return d;
+}
+
+}  // namespace
+}  // namespace tempnet
+
+PYBIND11_MODULE(cuda_emulator, module) {
+  using namespace tempnet;
+  module.def("set_order", [](const std::string& order, uint32_t seed) {
+    using emulator::Order;
+    emulator::settings.order = order == "forward"    ? Order::kForward
+                               : order == "reversed" ? Order::kReversed
+                                                     : Order::kRandom;
+    emulator::settings.seed = seed;
+  });
+  module.def("plan", [](int64_t n, int v, int itemsize, bool aligned, int arch, bool has_extras) {
+    return plan_dict(device::plan_forward(n, v, itemsize, aligned, arch, 132, has_extras));
+  });
+  module.def("forward", [](const std::string& dtype, const py::dict& params, const py::dict& plan) {
+    for_dtype(dtype, [&](auto zero) {
+      device::launch_forward<decltype(zero)>(params_from(params), plan_from(plan), 132, 0);
+    });
+  });
+  module.def("backward", [](const std::string& dtype, const py::dict& params) {
+    for_dtype(dtype, [&](auto zero) {
+      device::launch_elementwise(device::backward_kernel<decltype(zero)>, params_from(params), 0);
+    });
+  });
+  module.def("scale", [](const std::string& dtype, const py::dict& params) {
+    for_dtype(dtype, [&](auto zero) {
+      device::launch_elementwise(device::scale_kernel<decltype(zero)>, params_from(params), 0);
+    });
+  });
+  module.def("reverse_blocks", &faults::reverse_blocks);
+  module.def("divergent_barrier", &faults::divergent_barrier);
+  module.def("early_exit", &faults::early_exit);
+  module.def("copy_through_shared", &faults::copy_through_shared);
+  module.def("overrun", &faults::overrun);
+}
