@@ -41,7 +41,8 @@ if cuda_sources and want_cuda():
     extensions.append(
         CUDAExtension(
             "tempnet_kernels._C_cuda",
-            cuda_sources,
+            ["csrc/cuda/module.cpp", *cuda_sources],
+            include_dirs=[pybind11.get_include()],
             define_macros=[*MACROS, ("USE_CUDA", None)],
             extra_compile_args={"cxx": CXX, "nvcc": ["-std=c++17", "-O3"]},
         )

@@ -45,17 +45,35 @@ def env():
     missing = {}
     for op, auto in {"dro_cross_entropy": DRO_CROSS_ENTROPY_AUTO}.items():
         for device in devices:
+            chosen = _register.auto_backend(f"{op}_fwd", auto, device)
             cells = []
             for backend in _register.BACKENDS:
                 reason = _register.missing(f"{op}_fwd", backend, device)
                 if reason is not None:
                     missing[f"{op}, {device}, {backend}"] = reason
                 word = "missing" if reason else "yes"
-                cells.append(f"[bold]{word}[/bold]" if auto[device] == backend else word)
+                cells.append(f"[bold]{word}[/bold]" if chosen == backend else word)
             table.add_row(op, device, *cells)
     console.print(table)
+    if torch.cuda.is_available() and not missing.get("dro_cross_entropy, cuda, native"):
+        console.print(_launch_plans())
     for where, reason in missing.items():
         console.print(f"{where}: {reason}", highlight=False, markup=False)
+
+
+def _launch_plans():
+    from tempnet_kernels import _C_cuda
+
+    major, minor = torch.cuda.get_device_capability()
+    table = Table(title="CUDA C++ kernels of dro_cross_entropy, loss and gradient, N = 8192")
+    columns = ("kernel", "cluster", "threads", "slice", "shared_bytes", "registers")
+    for column in ("V", "dtype", *columns):
+        table.add_column(column)
+    for v in (32000, 50257, 128256, 262144):
+        for dtype in ("bfloat16", "float32"):
+            plan = _C_cuda.launch_plan(8192, v, dtype, 10 * major + minor)
+            table.add_row(str(v), dtype, *(str(plan[column]) for column in columns))
+    return table
 
 
 def _version(package):

@@ -68,7 +68,10 @@ def missing(op, backend, device):
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"tempnet::{op}.native", key):
             return None
         if device == "cuda":
-            return "there is no CUDA C++ kernel; use backend='triton' or 'reference'"
+            return (
+                "the CUDA extension is not built: with nvcc and a torch with CUDA, run "
+                "`pip install --no-build-isolation -e .` in the repository"
+            )
         return (
             "the C++ extension is not built: "
             "run `pip install --no-build-isolation -e .` in the repository"
@@ -87,20 +90,26 @@ def missing(op, backend, device):
 _available = {}
 
 
+def auto_backend(op, auto, device):
+    """The first backend of ``auto[device]`` that can run ``op``; the first if none can."""
+    order = auto.get(device, ("reference",))
+    return next((b for b in order if missing(op, b, device) is None), order[0])
+
+
 def pick(function, op, backend, auto, device):
-    """The backend that runs ``op`` on tensors of ``device``; ``auto`` maps a device type to the
-    fastest backend."""
+    """The backend that runs ``op`` on tensors of ``device``; ``auto`` maps a device type to
+    backends, fastest first."""
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(
             f"{function}: backend must be one of {('auto', *BACKENDS)}, got {backend!r}"
         )
-    chosen = auto.get(device.type, "reference") if backend == "auto" else backend
-    key = (op, chosen, device.type)
+    key = (op, backend, device.type)
     if key not in _available:
+        chosen = auto_backend(op, auto, device.type) if backend == "auto" else backend
         reason = missing(op, chosen, device.type)
         if reason is not None:
             raise RuntimeError(
                 f"{function}: backend {chosen!r} cannot run on {device.type} tensors: {reason}"
             )
-        _available[key] = True
-    return chosen
+        _available[key] = chosen
+    return _available[key]

@@ -19,8 +19,9 @@ import torch
 
 from tempnet_kernels import _register
 
-# The faster backend per device type. On CUDA there is no native kernel yet.
-AUTO = {"cpu": "native", "cuda": "triton"}
+# What backend="auto" takes per device type: the first that is built. On an H100 native is faster than
+# Triton at every size measured (benchmarks/results/h100/).
+AUTO = {"cpu": ("native",), "cuda": ("native", "triton")}
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 _REDUCTIONS = ("mean", "sum", "none")
@@ -282,7 +283,8 @@ def dro_cross_entropy(
             of their size. A later use of the logits, and a second backward, raise. Without
             gradients (``no_grad``) they are left alone. Under torch.compile pass logits that are
             no view; a later use is not detected there.
-        backend: "auto", "native" (C++, CPU), "triton" or "reference" (PyTorch).
+        backend: "auto", "native" (C++ on the CPU, CUDA C++ on a GPU), "triton" or "reference"
+            (PyTorch). "auto" is native; on a GPU without the compiled extension, Triton.
 
     Returns:
         The loss in float32 (float64 for float64 logits), 0-d or of the target's shape; with
@@ -305,6 +307,12 @@ def dro_cross_entropy(
     vocab_size = logits.shape[-1]
     acc = accumulation_dtype(logits.dtype)
     chosen = _register.pick(name, "dro_cross_entropy_fwd", backend, AUTO, logits.device)
+    narrow = chosen == "triton" or (chosen == "native" and logits.is_cuda)
+    if narrow and logits.dtype == torch.float64:
+        raise TypeError(
+            f"{name}: logits must be float32, bfloat16 or float16 for backend {chosen!r} on "
+            f"{logits.device.type}, got torch.float64; use backend='reference'"
+        )
 
     rows_target = target.reshape(-1)  # (N,)
     n = rows_target.shape[0]

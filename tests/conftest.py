@@ -28,12 +28,9 @@ def seed():
 
 
 @pytest.fixture
-def device(request):
-    """The GPU where there is one and the test's backend has kernels for it."""
-    backend = (
-        request.node.callspec.params.get("backend") if hasattr(request.node, "callspec") else None
-    )
-    return "cpu" if backend == "native" else DEVICE
+def device():
+    """The GPU where there is one."""
+    return DEVICE
 
 
 def native_levels():

@@ -41,7 +41,17 @@ def load():
     return module
 
 
-KERNELS = {"row": 0, "row, two passes": 1, "cluster": 2, "split": 3}
+def shape_params(n, v, stride):
+    """The parameters of an aligned [n, v] gradient launch that nothing will run."""
+    names = ("target", "tau", "scale", "loss", "rows", "argmax", "parts", "extras")
+    return dict.fromkeys((*names, "rho", "label_smoothing", "z_loss"), 0) | {
+        "n": n, "v": v, "logits": 16, "logits_stride": stride, "grad": 16, "grad_stride": stride,
+        "target_stride": 1, "tau_stride": 1, "scale_stride": 1, "wide_target": True,
+        "ignore_index": -100, "unscaled": False,
+    }  # fmt: skip
+
+
+KERNELS = {"row": 0, "row, two passes": 1, "split": 2}
 
 
 class Operators:
@@ -61,26 +71,20 @@ class Operators:
         self, logits, grad, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, argmax
     ):
         n, v = logits.shape
-        itemsize = logits.element_size()
         loss = torch.full((n,), torch.nan)
         rows = torch.full((6, n), torch.nan)
         found = torch.full((n if argmax else 0,), -7)
-        aligned = logits.data_ptr() % 16 == 0 and logits.stride(0) * itemsize % 16 == 0
-        extras = argmax or label_smoothing > 0
-        plan = self.module.plan(n, v, itemsize, aligned, self.arch, extras) | self.plan
-        if plan["kernel"] == KERNELS["cluster"] and not aligned:
-            raise AssertionError("a test asks for the cluster kernel on rows that are not aligned")
-        self.launched.append(plan)
-        parts = torch.full((n * -(-v // plan["slice"]), 8), torch.nan)
         params = self._params(logits, grad, target, tau, scale, rows, ignore_index) | {
             "loss": loss.data_ptr(),
             "argmax": found.data_ptr() if argmax else 0,
             "rho": rho,
             "label_smoothing": label_smoothing,
             "z_loss": z_loss,
-            "parts": parts.data_ptr(),
-            "extras": parts.data_ptr() + parts.numel() * 2,
         }
+        plan = self.module.plan(_name(logits), params, self.arch) | self.plan
+        self.launched.append(plan)
+        parts = torch.full((n * -(-v // plan["slice"]), 8), torch.nan)
+        params |= {"parts": parts.data_ptr(), "extras": parts.data_ptr() + parts.numel() * 2}
         self.module.forward(_name(logits), params, plan)
         return loss, rows, found
 
@@ -109,7 +113,9 @@ class Operators:
         return grad, *out
 
     def dro_cross_entropy_fwd_(self, logits, target, tau, scale, *options):
-        return self._forward(logits, logits, target, tau, scale, *options)
+        out = self._forward(logits, logits, target, tau, scale, *options)
+        torch.autograd.graph.increment_version(logits)  # as the registered operator's kernel does
+        return out
 
     def dro_cross_entropy_bwd(
         self, logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss
@@ -124,6 +130,7 @@ class Operators:
         unused = torch.zeros(1, dtype=torch.int64)
         params = self._params(grad, grad, unused, scale, scale, scale, 0)
         self.module.scale(_name(grad), params)
+        torch.autograd.graph.increment_version(grad)
 
 
 def _name(tensor):

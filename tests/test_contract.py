@@ -27,7 +27,8 @@ def run(logits, target, tau=1.0, rho=0.5, upstream=None, **options):
 
 def rows(logits, target, tau=1.0, rho=0.5):
     z = logits.double().requires_grad_()
-    loss = definition(z, target, torch.as_tensor(tau).double().expand(target.shape), rho)
+    tau = torch.as_tensor(tau, dtype=torch.float64, device=z.device).expand(target.shape)
+    loss = definition(z, target, tau, rho)
     (grad,) = torch.autograd.grad(loss.sum(), z)
     return loss.detach(), grad
 

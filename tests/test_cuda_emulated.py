@@ -1,13 +1,13 @@
 """The CUDA sources of the token loss, run on a CPU by tests/cuda_emulator/; and the emulator, which
 must see planted faults."""
 
+import math
 import subprocess
 import sys
 from pathlib import Path
 
 import emulated
 import pytest
-import test_contract
 import test_dro_cross_entropy as token_loss
 import torch
 
@@ -39,14 +39,16 @@ def use(module, monkeypatch):
     module.set_order("forward", 0)
 
 
-def cluster_plan(v, dtype, cluster):
-    """A row over ``cluster`` CTAs in slices of whole 128-byte lines."""
+def row_plan(v, dtype, cluster):
+    """A row over ``cluster`` CTAs in slices of whole 128-byte lines, held in registers."""
     line = 128 // dtype.itemsize
-    slice_ = -(-(-(-v // cluster)) // line) * line
-    vectors = 4 if slice_ * dtype.itemsize <= 4 * 16 * 512 else 8
+    slice_ = v if cluster == 1 else -(-(-(-v // cluster)) // line) * line
+    vectors = slice_ * dtype.itemsize // 16 + 2
+    threads = -(-(-(-vectors // 8)) // 32) * 32
+    if threads > 512:
+        pytest.skip("a slice of this row does not fit in the registers of 512 threads")
     return {
-        "kernel": emulated.KERNELS["cluster"], "cluster": cluster, "threads": 512,
-        "vectors": vectors, "slice": slice_,
+        "kernel": emulated.KERNELS["row"], "cluster": cluster, "threads": threads, "slice": slice_,
     }  # fmt: skip
 
 
@@ -62,17 +64,14 @@ def shifted(logits, columns):
 @pytest.mark.parametrize("v", VOCABULARIES)
 @pytest.mark.parametrize("cluster", [1, 2, 4, 8])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_cluster_kernel_matches_the_definition(use, dtype, cluster, v):
-    plan = cluster_plan(v, dtype, cluster)
-    if plan["slice"] * dtype.itemsize > 8 * 16 * 512:
-        pytest.skip("a slice of this row does not fit in a CTA's registers")
-    # 5 rows over 2 resident clusters: each takes several, one of them ignored.
-    logits, target, tau = token_loss.make((5, v), dtype)
+def test_row_kernel_matches_the_definition(use, dtype, cluster, v):
+    plan = row_plan(v, dtype, cluster)
+    logits, target, tau = token_loss.make((4, v), dtype)
     operators = use("random", **plan)
-    wide = shifted(logits, 0)
-    check_view(wide, target, tau)
-    check_view(wide, target, tau, label_smoothing=0.1, z_loss=1e-2)
-    assert {launch["kernel"] for launch in operators.launched} == {plan["kernel"]}
+    for columns in (0, 1):  # rows on 16 bytes, and off
+        check_view(shifted(logits, columns), target, tau)
+    check_view(shifted(logits, 0), target, tau, label_smoothing=0.1, z_loss=1e-2)
+    assert {launch["cluster"] for launch in operators.launched} == {cluster}
 
 
 def check_view(logits, target, tau, **options):
@@ -106,24 +105,80 @@ def check_view(logits, target, tau, **options):
     assert outside.isnan().all(), "what lies between the rows was written"
 
 
-@pytest.mark.parametrize("name", ["row", "row, two passes", "split"])
+@pytest.mark.parametrize("name", ["row, two passes", "split"])
 @pytest.mark.parametrize("v", VOCABULARIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_other_kernels_match_the_definition_on_rows_of_any_alignment(use, dtype, v, name):
-    plan = {"kernel": emulated.KERNELS[name], "cluster": 1}
-    if name == "row":
-        columns = 16 // dtype.itemsize
-        threads = -(-(v // columns + 2) // 8 // 32) * 32 + 32
-        if threads > 512:
-            pytest.skip("this row does not fit in a CTA's registers")
-        plan |= {"threads": threads}
-    else:
-        line = 128 // dtype.itemsize
-        plan |= {"threads": 64, "slice": max(line, -(-v // 3 // line) * line)}
-    use("reversed", **plan)
+def test_two_visits_and_split_rows_match_the_definition(use, dtype, v, name):
+    line = 128 // dtype.itemsize
+    slice_ = v if name != "split" else max(line, -(-v // 3 // line) * line)
+    use("reversed", kernel=emulated.KERNELS[name], cluster=1, threads=64, slice=slice_)
     logits, target, tau = token_loss.make((3, v), dtype)
     token_loss.check("native", logits, target, tau)  # rows of stride v: odd alignment for odd v
-    token_loss.check("native", logits, target, tau, label_smoothing=0.1, z_loss=1e-2)
     token_loss.check("native", logits, target, tau, reduction="none")
     check_view(shifted(logits, 1), target, tau)
+    check_view(shifted(logits, 0), target, tau, label_smoothing=0.1, z_loss=1e-2)
 
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_every_thread_order_gives_the_same_bits(use, order):
+    logits, target, tau = token_loss.make((3, 9000), torch.bfloat16)
+    results = []
+    for name in ("forward", order):
+        use(name, **row_plan(9000, torch.bfloat16, 4))
+        results.append(token_loss.run("native", logits, target, tau))
+    for got, expected in zip(*results, strict=True):
+        assert torch.equal(got, expected)
+
+
+def test_launch_plan_covers_every_size(module):
+    """Every row is held by the threads of its plan, or read twice."""
+    for dtype in DTYPES:
+        for v in (1, 33, 1000, 32000, 50257, 50304, 128256, 151936, 262144, 2**20):
+            for n in (1, 64, 8192):
+                for arch in (80, 90):
+                    size = dtype.itemsize
+                    params = emulated.shape_params(n, v, v)
+                    plan = module.plan(str(dtype).removeprefix("torch."), params, arch)
+                    assert plan["threads"] % 32 == 0 and 32 <= plan["threads"] <= 1024
+                    assert plan["cluster"] == 1 or arch >= 90
+                    assert plan["slice"] * plan["cluster"] >= v or plan["name"] == "split"
+                    if plan["name"] == "row":
+                        held = plan["threads"] * plan["vectors"] * 16
+                        assert held >= plan["slice"] * size
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_emulator_sees_a_missing_barrier(module, order):
+    module.set_order(order, 3)
+    right = [float(63 - i) for i in range(64)]
+    assert module.reverse_blocks(False) == right
+    assert module.reverse_blocks(True) != right
+
+
+def test_emulator_sees_a_divergent_barrier(module):
+    assert module.divergent_barrier(False) == [1.0] * 64
+    with pytest.raises(RuntimeError, match="divergent __syncthreads: threads wait at lines"):
+        module.divergent_barrier(True)
+
+
+def test_emulator_sees_a_thread_that_leaves_before_a_barrier(module):
+    assert module.early_exit(False) == [1.0] * 64
+    with pytest.raises(RuntimeError, match="deadlock: 63 threads wait at a __syncthreads, 1 "):
+        module.early_exit(True)
+
+
+def test_emulator_sees_a_bulk_copy_that_is_not_waited_for(module):
+    assert module.copy_through_shared(False) == [float(i) for i in range(64)]
+    assert all(math.isnan(x) for x in module.copy_through_shared(True))
+
+
+def test_emulator_sees_writes_past_shared_memory(module):
+    module.overrun(66)  # 64 floats and the barrier
+    with pytest.raises(RuntimeError, match="out-of-bounds write of shared memory at offset 264"):
+        module.overrun(67)
+    # Past the page it is a fault, which ends the process.
+    code = "import emulated; emulated.load().overrun(2000)"
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
+    assert result.returncode == 86 and "out of bounds" in result.stderr

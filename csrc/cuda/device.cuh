@@ -18,6 +18,8 @@
 
 #define TEMPNET_DEVICE __device__ __forceinline__
 #define TEMPNET_KERNEL(threads, ctas_per_sm) __global__ void __launch_bounds__(threads, ctas_per_sm)
+// Clusters, mbarriers with transaction counts and bulk copies are of compute capability 9.0.
+#define TEMPNET_HAS_CLUSTERS (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900)
 #define TEMPNET_PARAM const __grid_constant__
 
 namespace tempnet {
@@ -72,7 +74,10 @@ TEMPNET_DEVICE uint32_t float_to_bits(float x) { return __float_as_uint(x); }
 
 // Forget what is known of a word: without it the compiler keeps the row's fp32 values alive from
 // one pass over its packed registers to the next, and spills.
-TEMPNET_DEVICE void forget(uint32_t& x) { asm volatile("" : "+r"(x)); }
+template <class T>
+TEMPNET_DEVICE void forget(T& x) {
+  asm volatile("" : "+r"(x));
+}
 
 template <class T>
 TEMPNET_DEVICE T shuffle_xor(T x, int mask) {
@@ -83,29 +88,29 @@ TEMPNET_DEVICE T shuffle_xor(T x, int mask) {
 TEMPNET_DEVICE uint4 load_stream(const uint4* p) { return __ldcs(p); }
 TEMPNET_DEVICE void store_stream(uint4* p, const uint4& v) { __stcs(p, v); }
 
+#if TEMPNET_HAS_CLUSTERS
 TEMPNET_DEVICE uint32_t cluster_rank() {
   uint32_t r;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
+  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(r));
   return r;
 }
 TEMPNET_DEVICE uint32_t cluster_size() {
   uint32_t r;
-  asm("mov.u32 %0, %%cluster_nctarank;" : "=r"(r));
+  asm volatile("mov.u32 %0, %%cluster_nctarank;" : "=r"(r));
   return r;
 }
-
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-TEMPNET_DEVICE void cluster_sync() {
-  asm volatile(
-      "barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::
-          : "memory");
+// Orders no memory but what mbarrier_init_fence does.
+TEMPNET_DEVICE void cluster_arrive_relaxed() {
+  asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }
-
+TEMPNET_DEVICE void cluster_wait() {
+  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
+}
 TEMPNET_DEVICE void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
                : "memory");
 }
-// Makes initialised barriers visible to the copy engine and to the other CTAs of the cluster.
+// Makes initialised barriers visible to the CTAs that pass the next cluster barrier.
 TEMPNET_DEVICE void mbarrier_init_fence() {
   asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
 }
@@ -124,19 +129,6 @@ TEMPNET_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
       : "memory");
 }
 
-// Copies bytes (a multiple of 16; both addresses are too) to shared memory, some time; completes
-// on the barrier.
-TEMPNET_DEVICE void bulk_load(void* to, const void* from, uint32_t bytes,
-                                          uint64_t* barrier) {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint "
-      "[%0], [%1], %2, [%3], %4;" ::"r"(shared_address(to)),
-      "l"(from), "r"(bytes), "r"(shared_address(barrier)), "l"(policy)
-      : "memory");
-}
-
 // Stores to the same place of another CTA's shared memory, some time; completes 16 bytes on that
 // CTA's barrier.
 TEMPNET_DEVICE void store_remote(float4* to, uint32_t rank, const float4& value,
@@ -151,6 +143,16 @@ TEMPNET_DEVICE void store_remote(float4* to, uint32_t rank, const float4& value,
       "f"(value.w)
       : "memory");
 }
+#else
+TEMPNET_DEVICE uint32_t cluster_rank() { return 0; }
+TEMPNET_DEVICE uint32_t cluster_size() { return 1; }
+TEMPNET_DEVICE void cluster_arrive_relaxed() {}
+TEMPNET_DEVICE void cluster_wait() {}
+TEMPNET_DEVICE void mbarrier_init(uint64_t*, uint32_t) {}
+TEMPNET_DEVICE void mbarrier_init_fence() {}
+TEMPNET_DEVICE void mbarrier_arrive_expect(uint64_t*, uint32_t) {}
+TEMPNET_DEVICE void mbarrier_wait(uint64_t*, uint32_t) {}
+TEMPNET_DEVICE void store_remote(float4*, uint32_t, const float4&, uint64_t*) {}
 #endif
 
 inline void check(cudaError_t error, const char* what) {
@@ -166,31 +168,6 @@ int registers_of(Kernel kernel) {
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
   return attributes.numRegs;
-}
-
-// Clusters of this kernel that fit on the device at once.
-template <class Params>
-int resident_clusters(void (*kernel)(Params), int cluster, int threads, int shared_bytes,
-                      int multiprocessors) {
-  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes),
-        "cudaFuncSetAttribute");
-  int count = 0;
-  if (cluster == 1) {
-    check(cudaOccupancyMaxActiveBlocksPerMultiprocessor(&count, kernel, threads, shared_bytes),
-          "cudaOccupancyMaxActiveBlocksPerMultiprocessor");
-    return count * multiprocessors;
-  }
-  cudaLaunchAttribute attribute;
-  attribute.id = cudaLaunchAttributeClusterDimension;
-  attribute.val.clusterDim = {static_cast<unsigned>(cluster), 1, 1};
-  cudaLaunchConfig_t config{};
-  config.gridDim = dim3(cluster * multiprocessors);
-  config.blockDim = dim3(threads);
-  config.dynamicSmemBytes = shared_bytes;
-  config.attrs = &attribute;
-  config.numAttrs = 1;
-  check(cudaOccupancyMaxActiveClusters(&count, kernel, &config), "cudaOccupancyMaxActiveClusters");
-  return count;
 }
 
 template <class Params>

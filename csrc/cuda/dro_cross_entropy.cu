@@ -27,7 +27,9 @@ struct OnDevice {
   explicit OnDevice(const Tensor& tensor) : guard(tensor.get_device_index()) {
     const int index = tensor.get_device_index();
     void* current = nullptr;
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(index, &current));
+    if (aoti_torch_get_current_cuda_stream(index, &current) != AOTI_TORCH_SUCCESS) {
+      throw std::runtime_error("dro_cross_entropy: no current CUDA stream");
+    }
     stream = static_cast<Stream>(current);
     int major = 0, minor = 0;
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index),
@@ -111,19 +113,17 @@ RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& targe
   params.unscaled = logits.scalar_type() == ScalarType::Half;
   for_dtype(logits, [&](auto zero) {
     using Z = decltype(zero);
-    const bool aligned = reinterpret_cast<uintptr_t>(params.logits) % 16 == 0 &&
-                         params.logits_stride * sizeof(Z) % 16 == 0;
     const Plan plan =
-        plan_forward(n, params.v, sizeof(Z), aligned, on.arch, on.multiprocessors,
-                     needs_extras(params));
+        plan_forward(n, params.v, sizeof(Z), aligned_rows<Z>(params), on.arch, on.multiprocessors,
+                     mode_of(params), params.grad != nullptr);
     Tensor parts = tau;  // holds the memory until the launches are queued
     if (plan.kernel == Kernel::kSplit) {
       const int64_t count = n * divide_up(params.v, plan.slice);
-      parts = torch::stable::new_empty(tau, {count * int64_t(sizeof(Record) / sizeof(float))});
+      parts = torch::stable::new_empty(tau, {count * int64_t((sizeof(Partial) + sizeof(Extras)) / sizeof(float))});
       params.parts = static_cast<Partial*>(parts.mutable_data_ptr());
       params.extras = reinterpret_cast<Extras*>(params.parts + count);
     }
-    launch_forward<Z>(params, plan, on.multiprocessors, on.stream);
+    launch_forward<Z>(params, plan, on.stream);
   });
   return {loss, rows, argmax};
 }
@@ -154,7 +154,7 @@ Tensor dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor sc
   params.grad_stride = grad.stride(0);
   params.rows = static_cast<float*>(rows.mutable_data_ptr());
   for_dtype(logits, [&](auto zero) {
-    launch_elementwise(backward_kernel<decltype(zero)>, params, on.stream);
+    launch_backward<decltype(zero)>(params, on.stream);
   });
   return grad;
 }
@@ -167,7 +167,7 @@ void scale_rows_(Tensor grad, Tensor scale) {
   params.scale = static_cast<const float*>(scale.const_data_ptr());
   params.scale_stride = scale.stride(0);
   for_dtype(grad, [&](auto zero) {
-    launch_elementwise(scale_kernel<decltype(zero)>, params, on.stream);
+    launch_scale<decltype(zero)>(params, on.multiprocessors, on.stream);
   });
 }
 
@@ -182,15 +182,13 @@ LaunchPlan launch_plan(int64_t n, int64_t v, const std::string& dtype, int arch)
   }
   const auto describe = [&](auto zero) {
     using Z = decltype(zero);
+    const bool aligned = v % kColumns<Z> == 0;
     const Plan plan =
-        plan_forward(n, int(v), sizeof(Z), v * sizeof(Z) % 16 == 0, arch, multiprocessors, false);
-    int bytes = kBlockMergeBytes, registers = -1;
-    if (plan.kernel == Kernel::kCluster) {
-      bytes = cluster_shared_bytes(plan.slice * int(sizeof(Z)), plan.cluster, false);
-    }
-    if (devices) registers = registers_of(forward_kernel<Z, kGradient>(plan));
+        plan_forward(n, int(v), sizeof(Z), aligned, arch, multiprocessors, kGradient, true);
+    int registers = -1;
+    if (devices) registers = registers_of(forward_kernel<Z, kGradient>(plan.kernel, aligned));
     return LaunchPlan{kernel_name(plan.kernel), plan.cluster, plan.threads, plan.vectors,
-                      plan.slice,               bytes,        registers};
+                      plan.slice,               merge_bytes(plan.threads, plan.cluster), registers};
   };
   if (dtype == "float32") return describe(float{});
   if (dtype == "bfloat16") return describe(device::BFloat16{});

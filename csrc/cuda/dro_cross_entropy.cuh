@@ -1,10 +1,9 @@
 // The token loss on a GPU: kernels and their launch plan. No torch: tests/cuda_emulator/ compiles
 // this file with g++ and runs it on a CPU.
 //
-// - row_kernel: one CTA per row, the row in registers where it fits, else two passes.
-// - cluster_kernel (sm_90): a cluster of CTAs per row and a grid that stays; the row's next
-//   neighbour is copied to shared memory while this one is worked on in registers.
-// - split_kernel, join_kernel: few rows, each spread over many CTAs.
+// - row_kernel: a CTA, or on sm_90 a cluster of CTAs, per row. The row stays in registers, packed,
+//   between its sums and its gradient; or it is read twice, the second time from the L2 cache.
+// - split_kernel, join_kernel: few rows, each spread over many CTAs, without clusters.
 #pragma once
 
 #include "row_reduce.cuh"
@@ -40,19 +39,18 @@ struct Params {
   Extras* extras;   // the same
 };
 
-// What a launch computes. The statistics that cost more have a kernel of their own.
-enum Mode { kForward, kGradient, kAll };
-
 constexpr int kVectors = 8;  // 16-byte vectors of a row that a thread holds: 32 registers
+constexpr int kSplitThreads = 256;
+constexpr int kElementwiseThreads = 512;
 
 struct RowInputs {
-  int64_t i;
+  int i;
   int y;
   float tau, scale, a;
   bool ignored, live;
 };
 
-TEMPNET_DEVICE RowInputs load_row(const Params& params, int64_t i) {
+TEMPNET_DEVICE RowInputs load_row(const Params& params, int i) {
   RowInputs row;
   row.i = i;
   const int64_t y = params.wide_target
@@ -81,10 +79,10 @@ template <class Z>
 TEMPNET_DEVICE void fill(Z* row, int begin, int end, float value) {
   const uint32_t word = Word<Z>::pack(value, value);
   const uint32_t words[kWords] = {word, word, word, word};
-  const Span<Z> span(row, begin, end);
+  const Span<Z, true> span(row, begin, end);
   const int vectors = span.vectors();
   for (int k = threadIdx.x; k < vectors; k += blockDim.x) {
-    store_vector(span, row, span.column(k), words);
+    span.store(row, true, span.column(k), words);
   }
 }
 
@@ -139,283 +137,225 @@ TEMPNET_DEVICE Gradient gradient(const Params& params, const RowInputs& row, con
                          params.options.label_smoothing, 1 / float(params.v));
 }
 
-// The merge over a CTA's warps, in every thread. Ends with a barrier that every read of the row's
-// logits by this CTA comes before.
+// Shared memory of the merge: a barrier, and a record of every warp of the cluster.
+struct Records {
+  uint64_t* barrier;
+  float4* records;
+};
+TEMPNET_DEVICE Records shared_records() {
+  uint8_t* arena = shared_memory();
+  return {reinterpret_cast<uint64_t*>(arena), reinterpret_cast<float4*>(arena + 16)};
+}
 template <bool kHasExtras>
-TEMPNET_DEVICE void block_merge(Partial& p, Extras* extras, float a) {
-  Partial* parts = reinterpret_cast<Partial*>(shared_memory());
-  Extras* parts_extras = reinterpret_cast<Extras*>(parts + kWarp);
+constexpr int kRecord = kHasExtras ? 2 : 1;  // in units of 16 bytes
+inline int merge_bytes(int threads, int cluster) {
+  return 16 + cluster * threads / kWarp * int(sizeof(Partial) + sizeof(Extras));
+}
+
+// Early: the CTAs of a cluster begin at different times.
+template <bool kHasExtras>
+TEMPNET_DEVICE void begin_merge() {
+  if (cluster_size() == 1) return;
+  if (threadIdx.x == 0) {
+    uint64_t* barrier = shared_records().barrier;
+    mbarrier_init(barrier, 1);
+    mbarrier_init_fence();
+    mbarrier_arrive_expect(barrier,
+                           cluster_size() * (blockDim.x / kWarp) * kRecord<kHasExtras> * 16);
+  }
+  cluster_arrive_relaxed();
+}
+
+// The merge over the warps of a CTA, or of a cluster of them, in every thread. Every read of the
+// row's logits by this CTA comes before its end.
+template <bool kHasExtras>
+TEMPNET_DEVICE void merge_warps(Partial& p, Extras* extras, float a) {
+  const auto [barrier, records] = shared_records();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   warp_merge(p, extras, a);
-  if (lane == 0) {
-    parts[warp] = p;
-    if (kHasExtras) parts_extras[warp] = *extras;
+  float4* own = records + (int(cluster_rank()) * warps + warp) * kRecord<kHasExtras>;
+  const float4 part{p.zmax, p.s, p.sx, p.z_y};
+  float4 rest{0, 0, 0, 0};
+  if (kHasExtras) {
+    rest = float4{extras->su, extras->count, bits_to_float(uint32_t(extras->argmax)), 0};
   }
-  __syncthreads();
-  p = lane < warps ? parts[lane] : Partial{};
-  if (kHasExtras) *extras = lane < warps ? parts_extras[lane] : Extras{};
-  warp_merge(p, extras, a);
-}
-constexpr int kBlockMergeBytes = kWarp * int(sizeof(Partial) + sizeof(Extras));
-
-template <class Z, bool kKeep>
-TEMPNET_DEVICE void load_tile(const Span<Z>& span, int tile, uint32_t (&words)[kVectors][kWords]) {
-#pragma unroll
-  for (int k = 0; k < kVectors; ++k) {
-    load_vector<Z, kKeep>(span, span.column((tile * kVectors + k) * blockDim.x + threadIdx.x),
-                          words[k]);
+  if (cluster_size() == 1) {
+    if (lane == 0) {
+      own[0] = part;
+      if (kHasExtras) own[1] = rest;
+    }
+    __syncthreads();
+  } else {
+    cluster_wait();  // every CTA has begun: its barrier is there
+    if (lane < int(cluster_size())) {
+      store_remote(own, lane, part, barrier);
+      if (kHasExtras) store_remote(own + 1, lane, rest, barrier);
+    }
+    mbarrier_wait(barrier, 0);
   }
-}
-
-// The part of columns [begin, end) that this thread reads, tile by tile.
-template <class Z, bool kHasExtras, bool kKeep>
-TEMPNET_DEVICE Partial reduce_span(const Span<Z>& span, float a, Extras* extras,
-                                   uint32_t (&words)[kVectors][kWords]) {
-  const int tile_vectors = kVectors * blockDim.x;
-  const int tiles = (span.vectors() + tile_vectors - 1) / tile_vectors;
-  Partial p;
-  for (int tile = 0; tile < tiles; ++tile) {
+  // The largest first: then every record is moved once.
+  const int count = int(cluster_size()) * warps;
+  p = Partial{};
+  for (int j = lane; j < count; j += kWarp) p.zmax = fmaxf(p.zmax, records[j * kRecord<kHasExtras>].x);
+  p.zmax = warp_max(p.zmax);
+  if (kHasExtras) *extras = Extras{};
+  const float m = row_maximum(p.zmax, a);
+  for (int j = lane; j < count; j += kWarp) {
+    const float4 x = records[j * kRecord<kHasExtras>];
+    Partial q{x.x, x.y, x.z, x.w};
     Extras q_extras;
-    load_tile<Z, kKeep>(span, tile, words);
-    const Partial q = reduce_vectors<Z>(
-        words, a, span,
-        [&](int k) {
-          return span.column((tile * kVectors + k) * int(blockDim.x) + int(threadIdx.x));
-        },
-        kHasExtras ? &q_extras : nullptr);
+    if (kHasExtras) {
+      const float4 e = records[j * kRecord<kHasExtras> + 1];
+      q_extras = Extras{e.x, e.y, int(float_to_bits(e.z)), 0};
+      if (x.x == p.zmax && q_extras.argmax < extras->argmax) extras->argmax = q_extras.argmax;
+    }
+    move_to(m, a, q, kHasExtras ? &q_extras : nullptr);
+    p.s += q.s;
+    p.sx += q.sx;
+    p.z_y = fmaxf(p.z_y, q.z_y);
+    if (kHasExtras) {
+      extras->su += q_extras.su;
+      extras->count += q_extras.count;
+    }
+  }
+  p.s = warp_sum(p.s);
+  p.sx = warp_sum(p.sx);
+  p.z_y = warp_max(p.z_y);
+  if (kHasExtras) {
+    extras->argmax = warp_min(extras->argmax);
+    extras->su = warp_sum(extras->su);
+    extras->count = warp_sum(extras->count);
+  }
+}
+// The part of the span that this thread reads, tile by tile.
+template <class Z, Mode kMode>
+TEMPNET_DEVICE Partial reduce_span(const Span<Z, true>& span, float a, Extras* extras) {
+  constexpr bool kHasExtras = has_extras<kMode>;
+  constexpr int kTile = kHasExtras ? kVectors / 2 : kVectors;
+  const int vectors = span.vectors();
+  Partial p;
+  for (int first = threadIdx.x; first < vectors; first += kTile * int(blockDim.x)) {
+    const auto column = [&](int k) { return span.column(first + k * int(blockDim.x)); };
+    uint32_t words[kTile][kWords];
+#pragma unroll
+    for (int k = 0; k < kTile; ++k) span.template load<true>(column(k), words[k]);
+    Extras q_extras;
+    const Partial q =
+        reduce_vectors<Z, kMode>(words, a, span, column, kHasExtras ? &q_extras : nullptr);
     merge_into(p, extras, q, kHasExtras ? &q_extras : nullptr, a);
   }
   return p;
 }
 
-template <class Z>
-TEMPNET_DEVICE void write_span(const Span<Z>& span, Z* row, const Gradient& g) {
+// Several vectors at a time, so that their loads are in flight together.
+constexpr int kBatch = 4;
+
+template <class Z, class F>
+TEMPNET_DEVICE void transform_span(const Span<Z, true>& span, Z* row, F f) {
   const int vectors = span.vectors();
-  for (int k = threadIdx.x; k < vectors; k += blockDim.x) {
-    uint32_t words[kWords];
-    load_vector<Z, false>(span, span.column(k), words);
-    to_gradient<Z>(g, span.column(k), words);
-    store_vector(span, row, span.column(k), words);
+  const bool aligned = span.aligned_in(row);
+  for (int first = threadIdx.x; first < vectors; first += kBatch * int(blockDim.x)) {
+    uint32_t words[kBatch][kWords];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      span.template load<false>(span.column(first + k * int(blockDim.x)), words[k]);
+    }
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {
+      const int column = span.column(first + k * int(blockDim.x));
+      if (column >= span.end) break;
+      f(column, words[k]);
+      span.store(row, aligned, column, words[k]);
+    }
   }
+}
+
+template <class Z>
+TEMPNET_DEVICE void write_span(const Span<Z, true>& span, Z* row, const Gradient& g) {
+  transform_span(span, row, [&](int column, uint32_t (&words)[kWords]) {
+    to_gradient<Z>(g, column, words);
+  });
 }
 
 // More threads leave 64 registers each, which the row and the rarer statistics do not fit in.
-constexpr int row_threads(bool has_extras) { return has_extras ? 512 : 1024; }
+constexpr int row_threads(Mode mode) { return mode == kAll ? 512 : 1024; }
 
-template <class Z, Mode kMode, bool kResident>
-TEMPNET_KERNEL(row_threads(kMode == kAll), 1)
+// How row_kernel reads a row: a thread holds its vectors in registers between the reduction and
+// the gradient, or reads them twice.
+enum Read { kAligned, kEdged, kTwice };
+
+// A cluster of CTAs per row, a slice of it each.
+template <class Z, Mode kMode, Read kRead>
+TEMPNET_KERNEL(row_threads(kMode), 1)
 row_kernel(TEMPNET_PARAM Params params) {
-  constexpr bool kHasExtras = kMode == kAll;
-  const RowInputs row = load_row(params, blockIdx.x);
+  constexpr bool kHasExtras = has_extras<kMode>;
+  const int rank = int(cluster_rank());
+  const RowInputs row = load_row(params, blockIdx.x / cluster_size());
+  const int begin = min(params.v, rank * params.slice);
+  const int end = min(params.v, begin + params.slice);
   if (!row.live) {
-    dead_row<Z>(params, row, true, 0, params.v);
+    dead_row<Z>(params, row, rank == 0, begin, end);
     return;
   }
+  begin_merge<kHasExtras>();
   const Z* logits = logits_row<Z>(params, row.i);
-  const Span<Z> span(logits, 0, params.v);
+  const Span<Z, kRead != kAligned> span(logits, begin, end);
   uint32_t words[kVectors][kWords];
   Partial p;
   Extras extras_of_row, *extras = kHasExtras ? &extras_of_row : nullptr;
-  const auto column = [&](int k) {
-    return span.column(k * int(blockDim.x) + int(threadIdx.x));
-  };
-  if (kResident) {
-    load_tile<Z, false>(span, 0, words);
-    p = reduce_vectors<Z>(words, row.a, span, column, extras);
+  if constexpr (kRead == kTwice) {
+    p = reduce_span<Z, kMode>(span, row.a, extras);
   } else {
-    p = reduce_span<Z, kHasExtras, true>(span, row.a, extras, words);
+    const auto column = [&](int k) { return span.column(k * int(blockDim.x) + int(threadIdx.x)); };
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) span.template load<false>(column(k), words[k]);
+    p = reduce_vectors<Z, kMode>(words, row.a, span, column, extras);
   }
-  p.z_y = to_float(logits[row.y]);
-  block_merge<kHasExtras>(p, extras, row.a);
-  if (threadIdx.x == 0) store_row(params, row, p, extras);
-  if (kMode == kForward || !params.grad) return;
+  if (span.holds(row.y)) p.z_y = to_float(logits[row.y]);
+  merge_warps<kHasExtras>(p, extras, row.a);
+  if (rank == 0 && threadIdx.x == 0) store_row(params, row, p, extras);
+  if (kMode == kForward || !params.grad || begin >= end) return;
   Z* grad = grad_row<Z>(params, row.i);
   if (row.scale == 0) {
-    fill(grad, 0, params.v, 0.0f);
+    fill(grad, begin, end, 0.0f);
     return;
   }
   const Gradient g = gradient(params, row, p, params.unscaled ? 1.0f : row.scale);
-  if constexpr (kResident) {
-#pragma unroll
-    for (int k = 0; k < kVectors; ++k) {
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) forget(words[k][w]);
-      to_gradient<Z>(g, column(k), words[k]);
-      store_vector(span, grad, column(k), words[k]);
-    }
-  } else {
+  if constexpr (kRead == kTwice) {
     write_span(span, grad, g);
-  }
-}
-
-// Shared memory of cluster_kernel: one slot for a slice of a row, then barriers and the parts that
-// the warps of the cluster exchange, double buffered.
-constexpr int kClusterThreads = 512;
-constexpr int kClusterWarps = kClusterThreads / kWarp;
-struct Exchange {
-  uint64_t loaded, exchanged[2];
-  uint64_t unused;
-};
-struct Record {
-  Partial part;
-  Extras extras;
-};
-inline int cluster_shared_bytes(int slice_bytes, int cluster, bool has_extras) {
-  const int record = has_extras ? sizeof(Record) : sizeof(Partial);
-  return (slice_bytes + 127) / 128 * 128 + int(sizeof(Exchange)) +
-         2 * cluster * kClusterWarps * record;
-}
-
-#if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
-template <class Z, Mode kMode, int kHeld>
-TEMPNET_KERNEL(kClusterThreads, 2)
-cluster_kernel(TEMPNET_PARAM Params params) {
-  constexpr bool kHasExtras = kMode == kAll;
-  constexpr int kRecord = kHasExtras ? 2 : 1;  // in units of 16 bytes
-  const int rank = int(cluster_rank()), cluster = int(cluster_size());
-  const int64_t clusters = gridDim.x / cluster;
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp;
-  const int begin = min(params.v, rank * params.slice);
-  const int end = min(params.v, begin + params.slice);
-  // A last vector that is not whole is read by its thread: what comes after it may be no memory.
-  const int whole = (end - begin) / kColumns<Z>;
-
-  uint8_t* slot = shared_memory();
-  const int slot_bytes = (params.slice * int(sizeof(Z)) + 127) / 128 * 128;
-  Exchange* exchange = reinterpret_cast<Exchange*>(slot + slot_bytes);
-  float4* records = reinterpret_cast<float4*>(exchange + 1);
-  const int buffer = cluster * kClusterWarps * kRecord;
-  if (threadIdx.x == 0) {
-    mbarrier_init(&exchange->loaded, 1);
-    mbarrier_init(&exchange->exchanged[0], 1);
-    mbarrier_init(&exchange->exchanged[1], 1);
-    mbarrier_init_fence();
-  }
-  cluster_sync();
-
-  // The row's slice into the slot, if the row is read at all. One thread's work.
-  const auto load_slot = [&](const RowInputs& row) {
-    if (!row.live || whole == 0) return;
-    const uint32_t bytes = whole * 16;
-    mbarrier_arrive_expect(&exchange->loaded, bytes);
-    bulk_load(slot, logits_row<Z>(params, row.i) + begin, bytes, &exchange->loaded);
-  };
-
-  uint32_t round = 0;  // of live rows: the phase of the barriers
-  int64_t i = blockIdx.x / cluster;
-  RowInputs next = load_row(params, i);
-  if (threadIdx.x == 0) load_slot(next);
-  for (; i < params.n; i += clusters) {
-    const RowInputs row = next;
-    const bool more = i + clusters < params.n;
-    if (more) next = load_row(params, i + clusters);
-    if (!row.live) {
-      if (more && threadIdx.x == 0) load_slot(next);
-      dead_row<Z>(params, row, rank == 0, begin, end);
-      continue;
-    }
-    const Z* logits = logits_row<Z>(params, row.i);
-    const Span<Z> span(logits, begin, end);
-    const auto column = [&](int k) {
-      return begin + (k * kClusterThreads + int(threadIdx.x)) * kColumns<Z>;
-    };
-    uint32_t words[kHeld][kWords];
-    if (whole > 0) mbarrier_wait(&exchange->loaded, round & 1);
+  } else {
+    const bool aligned = span.aligned_in(grad);
+    // Counted up again: eight columns kept from above would be eight registers.
+    int at = span.column(threadIdx.x);
+    forget(at);
 #pragma unroll
-    for (int k = 0; k < kHeld; ++k) {
-      const int vector = k * kClusterThreads + threadIdx.x;
-      if (vector < whole) {
-        const uint4 v = reinterpret_cast<const uint4*>(slot)[vector];
-        words[k][0] = v.x, words[k][1] = v.y, words[k][2] = v.z, words[k][3] = v.w;
-      } else {
-#pragma unroll
-        for (int w = 0; w < kWords; ++w) {
-          words[k][w] = load_word_by_columns(span, column(k) + w * Word<Z>::kCount);
-        }
-      }
-    }
-    float z_y = -INFINITY;
-    if (warp == 0 && span.holds(row.y)) {
-      const int at = row.y - begin;
-      z_y = to_float(at < whole * kColumns<Z> ? reinterpret_cast<const Z*>(slot)[at]
-                                              : logits[row.y]);
-    }
-    __syncthreads();  // the slot is in registers
-    if (more && threadIdx.x == 0) load_slot(next);
-
-    Extras extras_of_row, *extras = kHasExtras ? &extras_of_row : nullptr;
-    Partial p = reduce_vectors<Z>(words, row.a, span, column, extras);
-    p.z_y = z_y;
-    warp_merge(p, extras, row.a);
-
-    // Every warp sends its part to every CTA. A buffer is free again after the exchange that
-    // follows its own: that one proves that every warp has read it.
-    uint64_t* exchanged = &exchange->exchanged[round & 1];
-    float4* parts = records + (round & 1) * buffer;
-    if (threadIdx.x == 0) mbarrier_arrive_expect(exchanged, buffer * 16);
-    if (lane < cluster) {
-      float4* to = parts + (rank * kClusterWarps + warp) * kRecord;
-      store_remote(to, lane, float4{p.zmax, p.s, p.sx, p.z_y}, exchanged);
-      if (kHasExtras) {
-        store_remote(to + 1, lane,
-                     float4{extras->su, extras->count, bits_to_float(uint32_t(extras->argmax)), 0},
-                     exchanged);
-      }
-    }
-    mbarrier_wait(exchanged, (round >> 1) & 1);
-    ++round;
-    p = Partial{};
-    if (kHasExtras) *extras = Extras{};
-    for (int j = lane; j < cluster * kClusterWarps; j += kWarp) {
-      const float4 x = parts[j * kRecord];
-      const Partial q{x.x, x.y, x.z, x.w};
-      Extras q_extras;
-      if (kHasExtras) {
-        const float4 e = parts[j * kRecord + 1];
-        q_extras = Extras{e.x, e.y, int(float_to_bits(e.z)), 0};
-      }
-      merge_into(p, extras, q, kHasExtras ? &q_extras : nullptr, row.a);
-    }
-    warp_merge(p, extras, row.a);
-
-    if (rank == 0 && threadIdx.x == 0) store_row(params, row, p, extras);
-    if (kMode == kForward || !params.grad) continue;
-    Z* grad = grad_row<Z>(params, row.i);
-    if (row.scale == 0) {
-      if (begin < end) fill(grad, begin, end, 0.0f);
-      continue;
-    }
-    const Gradient g = gradient(params, row, p, params.unscaled ? 1.0f : row.scale);
-#pragma unroll
-    for (int k = 0; k < kHeld; ++k) {
-      if (column(k) < end) {
+    for (int k = 0; k < kVectors; ++k, at += int(blockDim.x) * kColumns<Z>) {
+      if (at < end) {
 #pragma unroll
         for (int w = 0; w < kWords; ++w) forget(words[k][w]);
-        to_gradient<Z>(g, column(k), words[k]);
-        store_vector(span, grad, column(k), words[k]);
+        to_gradient<Z>(g, at, words[k]);
+        span.store(grad, aligned, at, words[k]);
       }
     }
   }
-  cluster_sync();  // a CTA that left could not be sent to
 }
-#endif
 
 // The part of slice blockIdx.y of row blockIdx.x.
-template <class Z, bool kHasExtras>
-TEMPNET_KERNEL(512, 2)
+template <class Z, Mode kMode>
+TEMPNET_KERNEL(kSplitThreads, 2)
 split_kernel(TEMPNET_PARAM Params params) {
+  constexpr bool kHasExtras = has_extras<kMode>;
   const RowInputs row = load_row(params, blockIdx.x);
   if (!row.live) return;
   const Z* logits = logits_row<Z>(params, row.i);
   const int begin = blockIdx.y * params.slice, end = min(params.v, begin + params.slice);
-  const Span<Z> span(logits, begin, end);
-  uint32_t words[kVectors][kWords];
+  const Span<Z, true> span(logits, begin, end);
   Extras extras_of_row, *extras = kHasExtras ? &extras_of_row : nullptr;
-  Partial p = reduce_span<Z, kHasExtras, true>(span, row.a, extras, words);
+  Partial p = reduce_span<Z, kMode>(span, row.a, extras);
   if (span.holds(row.y)) p.z_y = to_float(logits[row.y]);
-  block_merge<kHasExtras>(p, extras, row.a);
+  merge_warps<kHasExtras>(p, extras, row.a);
   if (threadIdx.x == 0) {
-    const int64_t at = row.i * params.slices + blockIdx.y;
+    const int64_t at = int64_t(row.i) * params.slices + blockIdx.y;
     params.parts[at] = p;
     if (kHasExtras) params.extras[at] = *extras;
   }
@@ -423,7 +363,7 @@ split_kernel(TEMPNET_PARAM Params params) {
 
 // The row's result from its parts, and the gradient of slice blockIdx.y.
 template <class Z, bool kHasExtras>
-TEMPNET_KERNEL(512, 1)
+TEMPNET_KERNEL(kSplitThreads, 2)
 join_kernel(TEMPNET_PARAM Params params) {
   const RowInputs row = load_row(params, blockIdx.x);
   const int begin = blockIdx.y * params.slice, end = min(params.v, begin + params.slice);
@@ -434,7 +374,7 @@ join_kernel(TEMPNET_PARAM Params params) {
   Partial p;
   Extras extras_of_row, *extras = kHasExtras ? &extras_of_row : nullptr;
   for (int j = threadIdx.x % kWarp; j < params.slices; j += kWarp) {
-    const int64_t at = row.i * params.slices + j;
+    const int64_t at = int64_t(row.i) * params.slices + j;
     Extras q_extras;
     if (kHasExtras) q_extras = params.extras[at];
     merge_into(p, extras, params.parts[at], kHasExtras ? &q_extras : nullptr, row.a);
@@ -447,13 +387,13 @@ join_kernel(TEMPNET_PARAM Params params) {
     fill(grad, begin, end, 0.0f);
     return;
   }
-  write_span(Span<Z>(logits_row<Z>(params, row.i), begin, end), grad,
+  write_span(Span<Z, true>(logits_row<Z>(params, row.i), begin, end), grad,
              gradient(params, row, p, params.unscaled ? 1.0f : row.scale));
 }
 
 // The gradient of slice blockIdx.y from the state that the forward left in rows.
 template <class Z>
-TEMPNET_KERNEL(512, 1)
+TEMPNET_KERNEL(kElementwiseThreads, 1)
 backward_kernel(TEMPNET_PARAM Params params) {
   const RowInputs row = load_row(params, blockIdx.x);
   const int begin = blockIdx.y * params.slice, end = min(params.v, begin + params.slice);
@@ -466,39 +406,35 @@ backward_kernel(TEMPNET_PARAM Params params) {
   const float m = params.rows[kM * params.n + row.i];
   const float log2_s = params.rows[kLog2S * params.n + row.i];
   const float c = z_loss_factor(params, m, log2_s, row.tau);
-  write_span(Span<Z>(logits, begin, end), grad,
+  write_span(Span<Z, true>(logits, begin, end), grad,
              gradient_of_row(row.a, m, exp2f(-log2_s), to_float(logits[row.y]), row.y, c,
                              row.scale, params.options.label_smoothing, 1 / float(params.v)));
 }
 
+// CTAs take rows in turn: where every scale is 1, which is usual, there is nothing else to do.
 template <class Z>
-TEMPNET_KERNEL(512, 1)
+TEMPNET_KERNEL(kElementwiseThreads, 1)
 scale_kernel(TEMPNET_PARAM Params params) {
-  const int64_t i = blockIdx.x;
-  const int begin = blockIdx.y * params.slice, end = min(params.v, begin + params.slice);
-  const float scale = params.scale[i * params.scale_stride];
-  if (scale == 1) return;
-  Z* grad = grad_row<Z>(params, i);
-  if (scale == 0) {  // also where the gradient is NaN
-    fill(grad, begin, end, 0.0f);
-    return;
-  }
-  const Span<Z> span(grad, begin, end);
-  const int vectors = span.vectors();
-  for (int k = threadIdx.x; k < vectors; k += blockDim.x) {
-    uint32_t words[kWords];
-    load_vector<Z, false>(span, span.column(k), words);
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      words[w] = Word<Z>::pack(Word<Z>::get(words[w], 0) * scale,
-                               Word<Z>::get(words[w], Word<Z>::kCount - 1) * scale);
+  for (int64_t i = blockIdx.x; i < params.n; i += gridDim.x) {
+    const float scale = params.scale[i * params.scale_stride];
+    if (scale == 1) continue;
+    Z* grad = grad_row<Z>(params, i);
+    if (scale == 0) {  // also where the gradient is NaN
+      fill(grad, 0, params.v, 0.0f);
+      continue;
     }
-    store_vector(span, grad, span.column(k), words);
+    transform_span(Span<Z, true>(grad, 0, params.v), grad, [&](int, uint32_t (&words)[kWords]) {
+#pragma unroll
+      for (int w = 0; w < kWords; ++w) {
+        words[w] = Word<Z>::pack(Word<Z>::get(words[w], 0) * scale,
+                                 Word<Z>::get(words[w], Word<Z>::kCount - 1) * scale);
+      }
+    });
   }
 }
 
 // How a forward is launched.
-enum class Kernel { kRow, kTwoPass, kCluster, kSplit };
+enum class Kernel { kRow, kTwoPass, kSplit };
 
 struct Plan {
   Kernel kernel;
@@ -510,106 +446,122 @@ struct Plan {
 
 inline int divide_up(int x, int y) { return (x + y - 1) / y; }
 
-constexpr int kSplitThreads = 512;
-constexpr int kElementwiseSlice = 16384;  // columns per CTA of backward_kernel and scale_kernel
-
 // A slice of whole 128-byte lines.
 inline int lines(int columns, int itemsize) {
   return divide_up(columns * itemsize, 128) * (128 / itemsize);
 }
 
-// arch: 80 for compute capability 8.0. aligned: every row of the logits begins on 16 bytes.
+// arch: 80 for compute capability 8.0. aligned: see forward_kernel. Limits as measured on an H100
+// (benchmarks/NOTES.md).
 inline Plan plan_forward(int64_t n, int v, int itemsize, bool aligned, int arch,
-                         int multiprocessors, bool has_extras) {
-  const int columns = 16 / itemsize;
-  const int bytes = v * itemsize;  // v is at most 2^20 columns
-  if (n < multiprocessors && bytes >= (1 << 14)) {
-    const int wanted = divide_up(2 * multiprocessors, int(n));
-    const int slices = min(wanted, divide_up(bytes, 1 << 13));
+                         int multiprocessors, Mode mode, bool want_grad) {
+  const int bytes = v * itemsize;
+  if (arch < 90 && n < multiprocessors && bytes >= (1 << 14)) {
+    const int wanted = divide_up(multiprocessors, int(n));
+    const int slices = min(wanted, divide_up(bytes, 1 << 14));
     return {Kernel::kSplit, 1, kSplitThreads, kVectors, lines(divide_up(v, slices), itemsize)};
   }
-  const int slot = kClusterThreads * kVectors * 16;
-  if (arch >= 90 && aligned && bytes >= (1 << 15) && bytes <= 8 * slot) {
-    int cluster = 1;
-    while (lines(divide_up(v, cluster), itemsize) * itemsize > slot) cluster *= 2;
-    if (cluster <= 8) {
-      const int slice = lines(divide_up(v, cluster), itemsize);
-      const int held = slice * itemsize <= slot / 2 ? kVectors / 2 : kVectors;
-      return {Kernel::kCluster, cluster, kClusterThreads, held, slice};
+  const Plan twice{Kernel::kTwoPass, 1, 512, kVectors, v};
+  const bool few = n < multiprocessors;  // each row over as many CTAs as there may be
+  const int cluster_limit = arch >= 90 ? 8 : 1;
+  for (int cluster = few && bytes >= (1 << 15) ? cluster_limit : 1; cluster <= cluster_limit;
+       cluster *= 2) {
+    const int slice = cluster == 1 ? v : lines(divide_up(v, cluster), itemsize);
+    const int vectors = divide_up(slice * itemsize, 16) + !aligned;
+    const int threads = divide_up(divide_up(vectors, kVectors), kWarp) * kWarp;
+    if (threads <= 512 || (cluster == cluster_limit && threads <= row_threads(mode))) {
+      return {Kernel::kRow, cluster, threads, kVectors, slice};
     }
+    // Without a gradient a row is read once, and no exchange is needed. With one, the rows that
+    // two CTAs per multiprocessor work on are still in the L2 cache for their second visit.
+    if (!few && (!want_grad || bytes <= 104 << 10)) return twice;
   }
-  const int vectors = divide_up(v, columns) + 1;  // one more where the row is not aligned
-  const int threads =
-      min(row_threads(has_extras), divide_up(divide_up(vectors, kVectors), kWarp) * kWarp);
-  const bool resident = threads * kVectors >= vectors;
-  return {resident ? Kernel::kRow : Kernel::kTwoPass, 1, threads, kVectors, v};
+  return twice;
 }
 
 inline const char* kernel_name(Kernel kernel) {
-  const char* const names[] = {"row", "row, two passes", "cluster", "split"};
+  const char* const names[] = {"row", "row, two passes", "split"};
   return names[int(kernel)];
 }
 
-// The kernel that reads the logits first.
+// The kernel that reads the logits first. aligned: rows of logits and of the gradient are whole
+// vectors that begin on 16 bytes.
 template <class Z, Mode kMode>
-auto forward_kernel(const Plan& plan) -> void (*)(Params) {
-  switch (plan.kernel) {
+auto forward_kernel(Kernel kernel, bool aligned) -> void (*)(Params) {
+  switch (kernel) {
     case Kernel::kRow:
-      return row_kernel<Z, kMode, true>;
+      return aligned ? row_kernel<Z, kMode, kAligned> : row_kernel<Z, kMode, kEdged>;
     case Kernel::kTwoPass:
-      return row_kernel<Z, kMode, false>;
-    case Kernel::kCluster:
-      return plan.vectors == kVectors ? cluster_kernel<Z, kMode, kVectors>
-                                      : cluster_kernel<Z, kMode, kVectors / 2>;
+      return row_kernel<Z, kMode, kTwice>;
     default:
-      return split_kernel<Z, kMode == kAll>;
+      return split_kernel<Z, kMode>;
   }
-}
-
-template <class Z, Mode kMode>
-void launch_mode(Params params, const Plan& plan, int multiprocessors, Stream stream) {
-  constexpr bool kHasExtras = kMode == kAll;
-  const auto kernel = forward_kernel<Z, kMode>(plan);
-  const unsigned n = unsigned(params.n);
-  params.slice = plan.slice;
-  if (plan.kernel == Kernel::kCluster) {
-    const int bytes = cluster_shared_bytes(plan.slice * int(sizeof(Z)), plan.cluster, kHasExtras);
-    const int resident =
-        resident_clusters(kernel, plan.cluster, plan.threads, bytes, multiprocessors);
-    const unsigned clusters = params.n < resident ? n : resident;
-    launch(kernel, dim3(clusters * plan.cluster), plan.threads, plan.cluster, bytes, stream,
-           params);
-  } else if (plan.kernel == Kernel::kSplit) {
-    params.slices = divide_up(params.v, plan.slice);
-    launch(kernel, dim3(n, params.slices), plan.threads, 1, kBlockMergeBytes, stream, params);
-    launch(join_kernel<Z, kHasExtras>, dim3(n, params.grad ? params.slices : 1), plan.threads, 1,
-           0, stream, params);
-  } else {
-    launch(kernel, dim3(n), plan.threads, 1, kBlockMergeBytes, stream, params);
-  }
-}
-
-inline bool needs_extras(const Params& params) {
-  return params.argmax || params.options.label_smoothing > 0;
 }
 
 template <class Z>
-void launch_forward(const Params& params, const Plan& plan, int multiprocessors, Stream stream) {
-  if (params.n == 0) return;
-  if (needs_extras(params)) {
-    launch_mode<Z, kAll>(params, plan, multiprocessors, stream);
-  } else if (params.grad) {
-    launch_mode<Z, kGradient>(params, plan, multiprocessors, stream);
+bool aligned_rows(const void* base, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride * int64_t(sizeof(Z)) % 16 == 0;
+}
+
+template <class Z>
+bool aligned_rows(const Params& params) {
+  return params.v % kColumns<Z> == 0 && aligned_rows<Z>(params.logits, params.logits_stride) &&
+         aligned_rows<Z>(params.grad, params.grad_stride);
+}
+
+template <class Z, Mode kMode>
+void launch_mode(Params params, const Plan& plan, Stream stream) {
+  const auto kernel = forward_kernel<Z, kMode>(plan.kernel, aligned_rows<Z>(params));
+  const unsigned n = unsigned(params.n);
+  const int bytes = merge_bytes(plan.threads, plan.cluster);
+  params.slice = plan.slice;
+  if (plan.kernel == Kernel::kSplit) {
+    params.slices = divide_up(params.v, plan.slice);
+    launch(kernel, dim3(n, params.slices), plan.threads, 1, bytes, stream, params);
+    launch(join_kernel<Z, has_extras<kMode>>, dim3(n, params.grad ? params.slices : 1),
+           plan.threads, 1, 0, stream, params);
   } else {
-    launch_mode<Z, kForward>(params, plan, multiprocessors, stream);
+    launch(kernel, dim3(n * plan.cluster), plan.threads, plan.cluster, bytes, stream, params);
   }
 }
 
-inline void launch_elementwise(void (*kernel)(Params), Params params, Stream stream) {
+// What the launch must compute.
+inline Mode mode_of(const Params& params) {
+  if (params.options.label_smoothing > 0) return kAll;
+  return params.argmax ? kArgmax : params.grad ? kGradient : kForward;
+}
+
+template <class Z>
+void launch_forward(const Params& params, const Plan& plan, Stream stream) {
   if (params.n == 0) return;
-  params.slice = kElementwiseSlice;
-  launch(kernel, dim3(unsigned(params.n), divide_up(params.v, params.slice)), kSplitThreads, 1, 0,
-         stream, params);
+  switch (mode_of(params)) {
+    case kForward:
+      return launch_mode<Z, kForward>(params, plan, stream);
+    case kGradient:
+      return launch_mode<Z, kGradient>(params, plan, stream);
+    case kArgmax:
+      return launch_mode<Z, kArgmax>(params, plan, stream);
+    default:
+      return launch_mode<Z, kAll>(params, plan, stream);
+  }
+}
+
+template <class Z>
+void launch_backward(Params params, Stream stream) {
+  if (params.n == 0) return;
+  params.slice = kElementwiseThreads * kBatch * kColumns<Z>;
+  const int vectors = divide_up(params.v, kColumns<Z>) + 1;
+  const int threads = divide_up(divide_up(vectors, kBatch), kWarp) * kWarp;
+  launch(backward_kernel<Z>, dim3(unsigned(params.n), divide_up(params.v, params.slice)),
+         min(kElementwiseThreads, threads), 1, 0, stream, params);
+}
+
+template <class Z>
+void launch_scale(const Params& params, int multiprocessors, Stream stream) {
+  if (params.n == 0) return;
+  const int ctas = 4 * multiprocessors;
+  launch(scale_kernel<Z>, dim3(unsigned(params.n < ctas ? params.n : ctas)), kElementwiseThreads, 1,
+         0, stream, params);
 }
 
 }  // namespace device

@@ -60,6 +60,18 @@ template <class Z>
 constexpr int kColumns = kWords * Word<Z>::kCount;
 
 template <class Z>
+constexpr int kBits = 32 / Word<Z>::kCount;
+
+// Column j of a vector := the low bits of `bits`; j is known at compile time.
+template <class Z>
+TEMPNET_DEVICE void set_column(uint32_t (&words)[kWords], int j, uint32_t bits) {
+  const int shift = j % Word<Z>::kCount * kBits<Z>;
+  const uint32_t mask = uint32_t((uint64_t(1) << kBits<Z>) - 1) << shift;
+  uint32_t& word = words[j / Word<Z>::kCount];
+  word = (word & ~mask) | ((bits << shift) & mask);
+}
+
+template <class Z>
 TEMPNET_DEVICE float to_float(Z z);
 template <>
 TEMPNET_DEVICE float to_float(float z) {
@@ -91,73 +103,63 @@ TEMPNET_DEVICE float from_bits(uint32_t bits) {
   return bits_to_float(bits);
 }
 
-// Columns [begin, end) of a row, seen by `threads` threads as aligned 16-byte vectors: vector i
-// holds columns first + i * kColumns<Z> and on, of which those outside [begin, end) belong to
-// somebody else.
-template <class Z>
+// Columns [begin, end) of a row as 16-byte vectors. Without kEdges, begin is on 16 bytes and the
+// columns are whole vectors. With kEdges, vectors are counted from the last 16-byte boundary at or
+// before begin, and of the first and the last some columns belong to somebody else.
+template <class Z, bool kEdges>
 struct Span {
   const Z* row;
   int first, begin, end;
 
-  // Vectors are counted from the last 16-byte boundary at or before column begin.
-  TEMPNET_DEVICE Span(const Z* row, int begin, int end) : row(row), begin(begin), end(end) {
-    const int shift = int(reinterpret_cast<uintptr_t>(row + begin) % 16 / sizeof(Z));
-    first = begin - shift;
+  TEMPNET_DEVICE Span(const Z* row, int begin, int end)
+      : row(row), first(begin), begin(begin), end(end) {
+    if (kEdges) first -= int(reinterpret_cast<uintptr_t>(row + begin) % 16 / sizeof(Z));
   }
   TEMPNET_DEVICE int column(int vector) const { return first + vector * kColumns<Z>; }
   TEMPNET_DEVICE int vectors() const { return (end - first + kColumns<Z> - 1) / kColumns<Z>; }
   TEMPNET_DEVICE bool whole(int column) const {
-    return column >= begin && column + kColumns<Z> <= end;
+    return kEdges ? column >= begin && column + kColumns<Z> <= end : column < end;
   }
   TEMPNET_DEVICE bool holds(int column) const { return column >= begin && column < end; }
+
+  // -inf in the columns that do not belong to the span. kKeep: it is read again.
+  template <bool kKeep>
+  TEMPNET_DEVICE void load(int column, uint32_t (&words)[kWords]) const {
+    if (whole(column)) {
+      const uint4* from = reinterpret_cast<const uint4*>(row + column);
+      const uint4 v = kKeep ? *from : load_stream(from);
+      words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+      return;
+    }
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) words[w] = Word<Z>::kMinusInfinity;
+    if constexpr (kEdges) {
+#pragma unroll
+      for (int j = 0; j < kColumns<Z>; ++j) {
+        if (holds(column + j)) set_column<Z>(words, j, raw_bits(row[column + j]));
+      }
+    }
+  }
+
+  // Whether the vectors begin on 16 bytes in another row as well.
+  TEMPNET_DEVICE bool aligned_in(const Z* other) const {
+    return !kEdges || reinterpret_cast<uintptr_t>(other + first) % 16 == 0;
+  }
+
+  TEMPNET_DEVICE void store(Z* to, bool aligned, int column, const uint32_t (&words)[kWords]) const {
+    if (aligned && whole(column)) {
+      store_stream(reinterpret_cast<uint4*>(to + column),
+                   uint4{words[0], words[1], words[2], words[3]});
+    } else if constexpr (kEdges) {
+#pragma unroll
+      for (int j = 0; j < kColumns<Z>; ++j) {
+        if (holds(column + j)) {
+          to[column + j] = from_bits<Z>(words[j / Word<Z>::kCount] >> (j % Word<Z>::kCount * kBits<Z>));
+        }
+      }
+    }
+  }
 };
-
-template <class Z>
-TEMPNET_DEVICE uint32_t load_word_by_columns(const Span<Z>& span, int column) {
-  const int bits = 32 / Word<Z>::kCount;
-  uint32_t word = Word<Z>::kMinusInfinity;
-#pragma unroll
-  for (int i = 0; i < Word<Z>::kCount; ++i) {
-    if (span.holds(column + i)) {
-      const uint32_t mask = uint32_t((uint64_t(1) << bits) - 1) << (i * bits);
-      word = (word & ~mask) | (raw_bits(span.row[column + i]) << (i * bits));
-    }
-  }
-  return word;
-}
-
-// A vector of the span, -inf in the columns that do not belong to it. kKeep: it is read again.
-template <class Z, bool kKeep>
-TEMPNET_DEVICE void load_vector(const Span<Z>& span, int column, uint32_t (&words)[kWords]) {
-  if (span.whole(column)) {
-    const uint4* from = reinterpret_cast<const uint4*>(span.row + column);
-    const uint4 v = kKeep ? *from : load_stream(from);
-    words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
-  } else {
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) {
-      words[w] = load_word_by_columns(span, column + w * Word<Z>::kCount);
-    }
-  }
-}
-
-// To a row that may be aligned otherwise than the span's.
-template <class Z>
-TEMPNET_DEVICE void store_vector(const Span<Z>& span, Z* row, int column,
-                                 const uint32_t (&words)[kWords]) {
-  if (span.whole(column) && reinterpret_cast<uintptr_t>(row + column) % 16 == 0) {
-    store_stream(reinterpret_cast<uint4*>(row + column),
-                 uint4{words[0], words[1], words[2], words[3]});
-    return;
-  }
-  const int bits = 32 / Word<Z>::kCount;
-#pragma unroll
-  for (int j = 0; j < kColumns<Z>; ++j) {
-    if (span.holds(column + j)) {
-      row[column + j] = from_bits<Z>(words[j / Word<Z>::kCount] >> (j % Word<Z>::kCount * bits));
-    }
-  }
-}
 
 // What merges of a row's parts carry. m of online_softmax.h is row_maximum(zmax, a) for every
 // owner of the same zmax, so it is not stored.
@@ -167,7 +169,7 @@ struct Partial {
   float z_y = -INFINITY;  // the target's logit where this part holds it
 };
 
-// For label smoothing and argmax.
+// For argmax and label smoothing.
 struct Extras {
   float su = 0;     // sum_j u_j
   float count = 0;  // of columns
@@ -180,20 +182,6 @@ TEMPNET_DEVICE float row_maximum(float zmax, float a) {
 }
 
 TEMPNET_DEVICE float centred(float z, float a, float m) { return fmaf(z, a, -m); }
-
-template <class Z, int kVectors>
-TEMPNET_DEVICE float packed_maximum(const uint32_t (&words)[kVectors][kWords]) {
-  uint32_t high = Word<Z>::kMinusInfinity;
-#pragma unroll
-  for (int k = 0; k < kVectors; ++k) {
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) high = Word<Z>::max(high, words[k][w]);
-  }
-  float zmax = Word<Z>::get(high, 0);
-#pragma unroll
-  for (int i = 1; i < Word<Z>::kCount; ++i) zmax = fmaxf(zmax, Word<Z>::get(high, i));
-  return zmax;
-}
 
 TEMPNET_DEVICE float warp_max(float x) {
 #pragma unroll
@@ -258,17 +246,47 @@ TEMPNET_DEVICE void warp_merge(Partial& p, Extras* extras, float a) {
   }
 }
 
+// The largest logit of packed vectors, and the first vector that holds it.
+template <class Z, bool kWhere, int kVectors>
+TEMPNET_DEVICE float packed_maximum(const uint32_t (&words)[kVectors][kWords], int& where) {
+  const auto widest = [](uint32_t word) {
+    const float z = Word<Z>::get(word, 0);
+    return Word<Z>::kCount == 1 ? z : fmaxf(z, Word<Z>::get(word, 1));
+  };
+  uint32_t high = Word<Z>::kMinusInfinity;
+  float zmax = -INFINITY;
+#pragma unroll
+  for (int k = 0; k < kVectors; ++k) {
+    const uint32_t h = Word<Z>::max(Word<Z>::max(words[k][0], words[k][1]),
+                                    Word<Z>::max(words[k][2], words[k][3]));
+    if (kWhere) {
+      const float z = widest(h);
+      if (z > zmax) zmax = z, where = k;
+    } else {
+      high = Word<Z>::max(high, h);
+    }
+  }
+  return kWhere ? zmax : widest(high);
+}
+
+// What a launch computes. The statistics that cost more have kernels of their own.
+enum Mode { kForward, kGradient, kArgmax, kAll };
+template <Mode kMode>
+constexpr bool has_extras = kMode >= kArgmax;
+
 // The part of a thread's packed vectors: vector k holds the columns from column(k) on.
-template <class Z, int kVectors, class Column>
+template <class Z, Mode kMode, bool kEdges, int kVectors, class Column>
 TEMPNET_DEVICE Partial reduce_vectors(const uint32_t (&words)[kVectors][kWords], float a,
-                                      const Span<Z>& span, Column column, Extras* extras) {
+                                      const Span<Z, kEdges>& span, Column column, Extras* extras) {
   Partial p;
-  p.zmax = packed_maximum<Z>(words);
+  int where = 0;
+  p.zmax = packed_maximum<Z, has_extras<kMode>>(words, where);
   const float m = row_maximum(p.zmax, a);
-  // A register's worth of independent sums hides the latency of the additions.
+  // Independent sums hide the latency of the additions.
   float s[2] = {0, 0}, sx[2] = {0, 0};
 #pragma unroll
   for (int k = 0; k < kVectors; ++k) {
+    const bool whole = span.whole(column(k));
 #pragma unroll
     for (int j = 0; j < kColumns<Z>; ++j) {
       const float z = Word<Z>::get(words[k][j / Word<Z>::kCount], j % Word<Z>::kCount);
@@ -276,15 +294,31 @@ TEMPNET_DEVICE Partial reduce_vectors(const uint32_t (&words)[kVectors][kWords],
       const float e = exp2_approx(u);  // NaN stays NaN
       s[j % 2] += e;
       sx[j % 2] = fmaf(e, fmaxf(u, Constants<float>::kFloor), sx[j % 2]);
-      if (extras && span.holds(column(k) + j)) {
+      if (kMode == kAll && (whole || span.holds(column(k) + j))) {
         extras->su += u;
         extras->count += 1;
-        if (z == p.zmax && extras->argmax == kNoColumn) extras->argmax = column(k) + j;
       }
     }
   }
   p.s = s[0] + s[1];
   p.sx = sx[0] + sx[1];
+  if (has_extras<kMode>) {
+    uint32_t best[kWords];
+    int first = 0;
+#pragma unroll
+    for (int k = 0; k < kVectors; ++k) {
+      if (where == k) {
+        first = column(k);
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) best[w] = words[k][w];
+      }
+    }
+#pragma unroll
+    for (int j = kColumns<Z> - 1; j >= 0; --j) {
+      const float z = Word<Z>::get(best[j / Word<Z>::kCount], j % Word<Z>::kCount);
+      if (z == p.zmax) extras->argmax = first + j;
+    }
+  }
   return p;
 }
 
@@ -309,7 +343,6 @@ TEMPNET_DEVICE Gradient gradient_of_row(float a, float m, float inverse_s, float
 
 template <class Z>
 TEMPNET_DEVICE void to_gradient(const Gradient& g, int column, uint32_t (&words)[kWords]) {
-  const int bits = 32 / Word<Z>::kCount;
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
     float grad[2];
@@ -323,13 +356,10 @@ TEMPNET_DEVICE void to_gradient(const Gradient& g, int column, uint32_t (&words)
   // Once per vector, and without an index into registers that is known only at run time.
   const int at = g.y - column;
   if (at >= 0 && at < kColumns<Z>) {
-    const uint32_t own = Word<Z>::pack(g.grad_y, g.grad_y);
+    const uint32_t own = Word<Z>::pack(g.grad_y, 0);
 #pragma unroll
     for (int j = 0; j < kColumns<Z>; ++j) {
-      const int shift = j % Word<Z>::kCount * bits;
-      const uint32_t mask = uint32_t((uint64_t(1) << bits) - 1) << shift;
-      uint32_t& word = words[j / Word<Z>::kCount];
-      word = at == j ? (word & ~mask) | (own & mask) : word;
+      if (at == j) set_column<Z>(words, j, own);
     }
   }
 }

@@ -84,8 +84,8 @@ def _store_ignored(loss_ptr, rows_ptr, argmax_ptr, grad_ptr, i, n, v, WANT_GRAD:
 def _gradient(e, columns, y, z_y, a, m, inverse_s, c, scale, v, label_smoothing):
     """scale * (c p - q) with p = e / s; the target's column in fp32, since p_y - 1 cancels."""
     p_y = tl.exp2(centred(z_y, a, m)) * inverse_s
-    grad_y = scale * ((c * p_y - 1) + label_smoothing * (1 - 1 / v.to(tl.float32)))
-    grad = e * (scale * c * inverse_s) - scale * label_smoothing / v.to(tl.float32)
+    grad_y = scale * ((c * p_y - 1) + label_smoothing * (1 - 1 / v))
+    grad = e * (scale * c * inverse_s) - scale * label_smoothing / v
     grad = tl.where(columns == y, grad_y, grad)
     return tl.where(scale == 0, 0.0, grad)
 
@@ -262,11 +262,6 @@ def _forward(
     logits, grad, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_argmax
 ):
     """(loss, rows, argmax); writes the gradient into ``grad`` where it is not None."""
-    if logits.dtype == torch.float64:
-        raise TypeError(
-            "dro_cross_entropy: logits must be float32, bfloat16 or float16 for backend 'triton', "
-            "got torch.float64"
-        )
     n, v = logits.shape
     check_target(target, v, ignore_index)
     loss = torch.empty(n, dtype=torch.float32, device=logits.device)

@@ -79,22 +79,29 @@ PYBIND11_MODULE(cuda_emulator, module) {
                                                      : Order::kRandom;
     emulator::settings.seed = seed;
   });
-  module.def("plan", [](int64_t n, int v, int itemsize, bool aligned, int arch, bool has_extras) {
-    return plan_dict(device::plan_forward(n, v, itemsize, aligned, arch, 132, has_extras));
+  module.def("plan", [](const std::string& dtype, const py::dict& params, int arch) {
+    const device::Params p = params_from(params);
+    py::dict plan;
+    for_dtype(dtype, [&](auto zero) {
+      using Z = decltype(zero);
+      plan = plan_dict(device::plan_forward(p.n, p.v, sizeof(Z), device::aligned_rows<Z>(p), arch,
+                                            132, device::mode_of(p), p.grad != nullptr));
+    });
+    return plan;
   });
   module.def("forward", [](const std::string& dtype, const py::dict& params, const py::dict& plan) {
     for_dtype(dtype, [&](auto zero) {
-      device::launch_forward<decltype(zero)>(params_from(params), plan_from(plan), 132, 0);
+      device::launch_forward<decltype(zero)>(params_from(params), plan_from(plan), 0);
     });
   });
   module.def("backward", [](const std::string& dtype, const py::dict& params) {
     for_dtype(dtype, [&](auto zero) {
-      device::launch_elementwise(device::backward_kernel<decltype(zero)>, params_from(params), 0);
+      device::launch_backward<decltype(zero)>(params_from(params), 0);
     });
   });
   module.def("scale", [](const std::string& dtype, const py::dict& params) {
     for_dtype(dtype, [&](auto zero) {
-      device::launch_elementwise(device::scale_kernel<decltype(zero)>, params_from(params), 0);
+      device::launch_scale<decltype(zero)>(params_from(params), 1, 0);
     });
   });
   module.def("reverse_blocks", &faults::reverse_blocks);

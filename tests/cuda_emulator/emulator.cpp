@@ -209,6 +209,10 @@ void wait_until(bool (*ready)(const void*, uint32_t), const void* what, uint32_t
   fiber->ready = nullptr;
 }
 
+bool has_moved_on(const void* barrier, uint32_t generation) {
+  return static_cast<const Barrier*>(barrier)->generation != generation;
+}
+
 void arrive_and_wait(Barrier& barrier, int line, const char* reason) {
   if (barrier.arrived == 0) {
     barrier.line = line;
@@ -222,9 +226,7 @@ void arrive_and_wait(Barrier& barrier, int line, const char* reason) {
     ++barrier.generation;
     return;
   }
-  wait_until(
-      [](const void* b, uint32_t g) { return static_cast<const Barrier*>(b)->generation != g; },
-      &barrier, generation, reason);
+  wait_until(has_moved_on, &barrier, generation, reason);
 }
 
 Mbarrier& in_arena(uint64_t* barrier) { return *reinterpret_cast<Mbarrier*>(barrier); }
@@ -316,7 +318,17 @@ void run_cluster(std::vector<Fiber>& fibers, std::mt19937& random) {
 
 uint8_t* shared_memory() { return current->cta->arena; }
 void sync_threads(int line) { arrive_and_wait(current->cta->barrier, line, "__syncthreads"); }
-void sync_cluster(int line) { arrive_and_wait(cluster->barrier, line, "cluster barrier"); }
+void cluster_arrive() {
+  Barrier& barrier = cluster->barrier;
+  current->cluster_generation = barrier.generation;
+  if (++barrier.arrived == barrier.expected) {
+    barrier.arrived = 0;
+    ++barrier.generation;
+  }
+}
+void cluster_wait() {
+  wait_until(has_moved_on, &cluster->barrier, current->cluster_generation, "cluster barrier");
+}
 uint32_t cluster_rank() { return current->cta->rank; }
 uint32_t cluster_size() { return static_cast<uint32_t>(cluster->ctas.size()); }
 

@@ -15,6 +15,7 @@
 #define TEMPNET_DEVICE inline
 #define TEMPNET_KERNEL(threads, ctas_per_sm) void
 #define TEMPNET_PARAM const
+#define TEMPNET_HAS_CLUSTERS 1
 
 struct dim3 {
   unsigned x, y, z;
@@ -40,6 +41,7 @@ struct Fiber {
   Warp* warp;
   int lane;
   uint32_t shuffles;
+  uint32_t cluster_generation;  // when it arrived at the cluster barrier
   bool done;
   // While waiting: whether the fiber can go on, and what for.
   bool (*ready)(const void* what, uint32_t value);
@@ -55,13 +57,13 @@ enum class Order { kForward, kReversed, kRandom };
 struct Settings {
   Order order = Order::kForward;
   uint32_t seed = 0;
-  int resident_clusters = 2;
 };
 extern Settings settings;
 
 uint8_t* shared_memory();
 void sync_threads(int line);
-void sync_cluster(int line);
+void cluster_arrive();
+void cluster_wait();
 uint32_t cluster_rank();
 uint32_t cluster_size();
 // Every lane of the warp gives 8 bytes and takes those of the lane `from`.
@@ -97,7 +99,8 @@ inline uint32_t float_to_bits(float x) {
   std::memcpy(&y, &x, 4);
   return y;
 }
-inline void forget(uint32_t&) {}
+template <class T>
+void forget(T&) {}
 
 inline uint32_t round_bf16(float x) {
   const uint32_t bits = float_to_bits(x);
@@ -147,17 +150,14 @@ inline void store_stream(uint4* p, const uint4& v) { *p = v; }
 using emulator::bulk_load;
 using emulator::cluster_rank;
 using emulator::cluster_size;
+using emulator::cluster_wait;
 using emulator::mbarrier_arrive_expect;
 using emulator::mbarrier_init;
 using emulator::mbarrier_wait;
 inline void mbarrier_init_fence() {}
+inline void cluster_arrive_relaxed() { emulator::cluster_arrive(); }
 inline void store_remote(float4* to, uint32_t rank, const float4& value, uint64_t* barrier) {
   emulator::store_remote(to, rank, &value, sizeof value, barrier);
-}
-
-template <class Kernel>
-int resident_clusters(Kernel, int, int, int, int) {
-  return emulator::settings.resident_clusters;
 }
 
 template <class Params>
@@ -187,4 +187,3 @@ T min(T x, T y) {
 #define blockDim (::tempnet::emulator::current->block_size)
 #define gridDim (::tempnet::emulator::current->grid_size)
 #define __syncthreads() ::tempnet::emulator::sync_threads(__LINE__)
-#define cluster_sync() ::tempnet::emulator::sync_cluster(__LINE__)

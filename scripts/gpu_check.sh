@@ -1,0 +1,56 @@
+#!/usr/bin/env bash
+# Everything that needs an NVIDIA GPU, step by step or all of it:
+#
+#   scripts/gpu_check.sh [build] [test] [sanitize] [bench]
+#
+# build     both extensions, in place, with the python of $PYTHON (default python3; torch with CUDA)
+# test      every test, with CUDA tensors on native and Triton
+# sanitize  compute-sanitizer's memcheck, racecheck and initcheck over small shapes
+# bench     against the copy bandwidth and the peers that are installed; writes
+#           benchmarks/results/<gpu>/ (or $RESULTS)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+PYTHON=${PYTHON:-python3}
+export PYTHONUNBUFFERED=1 PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
+
+build() {
+  TEMPNET_CUDA=1 "$PYTHON" setup.py -q build_ext --inplace
+  "$PYTHON" -m tempnet_kernels env
+}
+
+tests() {
+  "$PYTHON" -m pytest -n "${JOBS:-8}" --dist worksteal
+}
+
+sanitize() {
+  local tool
+  for tool in memcheck racecheck initcheck; do
+    echo "== $tool"
+    # Every allocation on its own, so that an access past its end is seen.
+    PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --tool "$tool" --error-exitcode 1 \
+      --kernel-name kns=tempnet "$PYTHON" tests/gpu_small_shapes.py
+  done
+}
+
+bench() {
+  local gpu results
+  gpu=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().split()[-1 if "H200" in torch.cuda.get_device_name() else 1].lower())')
+  results=${RESULTS:-benchmarks/results/$gpu}
+  mkdir -p "$results"
+  "$PYTHON" -m pytest benchmarks/bench_dro_cross_entropy.py -q \
+    --benchmark-json="$results/dro_cross_entropy.json"
+  "$PYTHON" benchmarks/report.py "$results/dro_cross_entropy.json"
+}
+
+for step in "${@:-build test sanitize bench}"; do
+  for name in $step; do
+    case $name in
+      build | sanitize | bench) "$name" ;;
+      test) tests ;;
+      *)
+        echo "gpu_check.sh: unknown step '$name': expected build, test, sanitize or bench" >&2
+        exit 2
+        ;;
+    esac
+  done
+done
