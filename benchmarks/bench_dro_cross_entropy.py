@@ -4,40 +4,49 @@ the logits.
     make bench
 
 The variants run in turn, round by round, so that a drift of the machine meets all of them. Each is
-checked against the definition in float64 before it is timed.
+checked against the definition in float64 before it is timed. On a GPU also: Triton, the gradient in
+the logits' place, the forward alone with all statistics, and the peers that are installed.
 """
 
 import pytest
 import torch
-from measure import environment, peak_extra_mib, synchronize, time_ms
-from peers import TOKEN_LOSSES
+from measure import environment, peak_extra_mib, time_ms
+from peers import NO_TEMPERATURE, OVERWRITES, TOKEN_LOSSES
 
 from tempnet_kernels import dro_cross_entropy
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
 RHO = 8.0
-ROUNDS = 7
-TEMPERED = ("official eager", "official compiled", "tempnet_kernels")
+ROUNDS = 9 if CUDA else 7
+OURS = "tempnet_kernels"
+SHAPES = [
+    (n, v, dtype)
+    for dtype in (torch.float32, torch.bfloat16)
+    for n, v in ((1024, 32000), (2048, 50304), (512, 128256))
+]
+if CUDA:
+    SHAPES = [
+        *((8192, v, torch.bfloat16) for v in (32000, 50257, 50304, 128256, 151936, 262144)),
+        *((8192, v, torch.float32) for v in (32000, 128256)),
+        *((n, 128256, torch.bfloat16) for n in (1, 16, 64)),
+    ]
 
 
-def gradients(function, logits, target, tau):
-    inputs = (
-        (logits, tau) if function.__name__ not in ("cross_entropy", "liger", "quack") else (logits,)
-    )
-    loss = function(logits, target, tau, RHO)
+def gradients(name, logits, target, tau):
+    loss = TOKEN_LOSSES[name](logits, target, tau, RHO)
+    inputs = (logits,) if name in NO_TEMPERATURE else (logits, tau)
     return loss.detach(), *torch.autograd.grad(loss, inputs)
 
 
-def peak_overwriting(logits, target, tau):
-    """Ours with the gradient in the storage of the logits: of a copy, which is made before and not
-    counted."""
-    wide = logits * 1.0
+def overwriting(logits, target, tau):
+    loss = dro_cross_entropy(logits, target, tau, RHO, overwrite_logits=True)
+    return loss.detach(), torch.autograd.grad(loss, tau)
 
-    def overwriting():
-        loss = dro_cross_entropy(wide, target, tau, RHO, overwrite_logits=True)
-        return loss.detach(), torch.autograd.grad(loss, tau)
 
-    return peak_extra_mib(overwriting)
+@torch.no_grad()
+def statistics(logits, target, tau):
+    return dro_cross_entropy(logits, target, tau, RHO, return_stats=True)
 
 
 def check(name, logits, target, tau):
@@ -46,13 +55,13 @@ def check(name, logits, target, tau):
     rows = slice(0, 8)
     z = logits.detach()[rows].clone().requires_grad_()
     t = tau.detach()[rows].clone().requires_grad_()
-    got = gradients(TOKEN_LOSSES[name], z, target[rows], t)
+    got = gradients(name, z, target[rows], t)
     exact_inputs = z.detach().double().requires_grad_(), t.detach().double().requires_grad_()
     loss = dro_cross_entropy(
         exact_inputs[0], target[rows], exact_inputs[1], RHO, backend="reference"
     )
     exact = loss.detach(), *torch.autograd.grad(loss, exact_inputs)
-    tolerance = {"tempnet_kernels": 2e-5}.get(name, 2e-4)
+    tolerance = 2e-5 if name.startswith(OURS) else 2e-4
     if logits.dtype != torch.float32:
         tolerance = 5e-2
     for g, e in zip(got, exact, strict=True):
@@ -62,35 +71,52 @@ def check(name, logits, target, tau):
         assert (g.double() - e).abs().max() <= tolerance * scale, name
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("n, v", [(1024, 32000), (2048, 50304), (512, 128256)])
+@pytest.mark.parametrize("n, v, dtype", SHAPES, ids=str)
 def test_token_loss(benchmark, n, v, dtype):
     torch.manual_seed(torch.seed())  # fresh data every run
     torch.compiler.reset()  # past a number of recompilations it runs eagerly, in silence
-    logits = (torch.randn(n, v, device=DEVICE) * 3).to(dtype).requires_grad_()
+    logits = (torch.randn(n, v, device=DEVICE, dtype=dtype) * 3).requires_grad_()
     target = torch.randint(0, v, (n,), device=DEVICE)
     tau = (torch.rand(n, device=DEVICE) + 0.5).requires_grad_()
-    variants = {
-        name: lambda f=f: gradients(f, logits, target, tau) for name, f in TOKEN_LOSSES.items()
-    }
-    variants["copy of the logits"] = lambda: logits.detach().clone()
-    for name in TEMPERED:
-        check(name, logits, target, tau)
+    for name in TOKEN_LOSSES:
+        if name not in NO_TEMPERATURE:
+            check(name, logits, target, tau)
 
-    peak = {name: peak_extra_mib(variant) for name, variant in variants.items()}  # warms up, too
-    peak["tempnet_kernels, overwrite_logits"] = peak_overwriting(logits, target, tau)
-    times = {name: [] for name in variants}
+    # What overwrites the logits gets a copy, which is made before and not counted.
+    variants = {
+        name: lambda z, name=name: gradients(name, z, target, tau) for name in TOKEN_LOSSES
+    }
+    variants[f"{OURS}, overwrite_logits"] = lambda z: overwriting(z, target, tau)
+    if CUDA:
+        variants[f"{OURS}, forward with statistics"] = lambda z: statistics(z, target, tau)
+    variants["copy of the logits"] = lambda z: z.detach().clone()
+    copied = {*OVERWRITES, f"{OURS}, overwrite_logits"}
+
+    def prepared(name):
+        if name not in copied:
+            return logits
+        return logits * 1.0 if name.startswith(OURS) else logits.detach().clone().requires_grad_()
+
+    peak, times = {}, {}
+    for name in list(variants):
+        z = prepared(name)
+        try:
+            peak[name] = peak_extra_mib(lambda name=name, z=z: variants[name](z))  # warms up, too
+            times[name] = []
+        except torch.OutOfMemoryError:
+            print(f"{name}: out of memory at {n} x {v}")
+            del variants[name]
+
+    def once(name):
+        z = prepared(name)
+        times[name].append(time_ms(lambda: variants[name](z)))
 
     def in_turn():
-        for name, variant in variants.items():
-            if name != "tempnet_kernels":
-                times[name].append(time_ms(variant))
-        synchronize()
+        for name in variants:
+            if name != OURS:
+                once(name)
 
-    def timed():
-        times["tempnet_kernels"].append(time_ms(variants["tempnet_kernels"]))
-
-    benchmark.pedantic(timed, setup=in_turn, rounds=ROUNDS, warmup_rounds=1)
+    benchmark.pedantic(lambda: once(OURS), setup=in_turn, rounds=ROUNDS, warmup_rounds=1)
     benchmark.extra_info.update(
         op="dro_cross_entropy", n=n, v=v, dtype=str(dtype).removeprefix("torch."),
         logits_mib=logits.nbytes / 2**20, environment=environment(),

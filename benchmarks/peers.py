@@ -32,20 +32,32 @@ TOKEN_LOSSES = {
     "tempnet_kernels": ours,
 }
 
+# What has no temperature, and what puts the gradient into the logits it is given.
+NO_TEMPERATURE = ["F.cross_entropy"]
+OVERWRITES = []
+
+if torch.cuda.is_available():
+
+    def ours_in_triton(logits, target, tau, rho):
+        return dro_cross_entropy(logits, target, tau, rho, backend="triton")
+
+    TOKEN_LOSSES["tempnet_kernels, triton"] = ours_in_triton
+
 if torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
     from liger_kernel.transformers.functional import liger_cross_entropy
 
     def liger(logits, target, tau, rho):
-        """No temperature at all; overwrites the logits."""
         return liger_cross_entropy(logits, target)
 
     TOKEN_LOSSES["Liger-Kernel"] = liger
+    NO_TEMPERATURE.append("Liger-Kernel")
+    OVERWRITES.append("Liger-Kernel")
 
 if torch.cuda.is_available() and importlib.util.find_spec("quack"):
     from quack.cross_entropy import cross_entropy as quack_cross_entropy
 
     def quack(logits, target, tau, rho):
-        """No temperature at all."""
-        return quack_cross_entropy(logits, target)
+        return quack_cross_entropy(logits, target, reduction="mean")
 
     TOKEN_LOSSES["quack"] = quack
+    NO_TEMPERATURE.append("quack")

@@ -426,7 +426,9 @@ def _row_scale(target, row_weight, normalizer, ignore_index, reduction, acc):
             else torch.full((), normalizer, dtype=acc, device=target.device)
         )
     elif weight is None:
-        total = (target != ignore_index).sum().to(acc)
+        total = (target != ignore_index).sum(dtype=acc)
+        # Where it is 0 there is no row to divide. Few kernels: on a GPU each is worth 1 % of a step.
+        return total.clamp(min=1).reciprocal().expand(n), total
     else:
         total = torch.where(target != ignore_index, weight, 0).sum()
     empty = total == 0

@@ -411,25 +411,35 @@ backward_kernel(TEMPNET_PARAM Params params) {
                              row.scale, params.options.label_smoothing, 1 / float(params.v)));
 }
 
-// CTAs take rows in turn: where every scale is 1, which is usual, there is nothing else to do.
+// CTAs take rows in turn, and look at the scales of a warp's width of them at a time: where every
+// scale is 1, which is usual, there is nothing else to do.
 template <class Z>
 TEMPNET_KERNEL(kElementwiseThreads, 1)
 scale_kernel(TEMPNET_PARAM Params params) {
-  for (int64_t i = blockIdx.x; i < params.n; i += gridDim.x) {
-    const float scale = params.scale[i * params.scale_stride];
-    if (scale == 1) continue;
-    Z* grad = grad_row<Z>(params, i);
-    if (scale == 0) {  // also where the gradient is NaN
-      fill(grad, 0, params.v, 0.0f);
-      continue;
-    }
-    transform_span(Span<Z, true>(grad, 0, params.v), grad, [&](int, uint32_t (&words)[kWords]) {
-#pragma unroll
-      for (int w = 0; w < kWords; ++w) {
-        words[w] = Word<Z>::pack(Word<Z>::get(words[w], 0) * scale,
-                                 Word<Z>::get(words[w], Word<Z>::kCount - 1) * scale);
+  const auto scale_of = [&](int64_t i) {
+    return i < params.n ? params.scale[i * params.scale_stride] : 1.0f;
+  };
+  const int64_t step = gridDim.x;
+  for (int64_t first = blockIdx.x; first < params.n; first += kWarp * step) {
+    const bool other = scale_of(first + threadIdx.x % kWarp * step) != 1;
+    if (warp_max(other) == 0) continue;
+    for (int k = 0; k < kWarp; ++k) {
+      const int64_t i = first + k * step;
+      const float scale = scale_of(i);
+      if (scale == 1) continue;
+      Z* grad = grad_row<Z>(params, i);
+      if (scale == 0) {  // also where the gradient is NaN
+        fill(grad, 0, params.v, 0.0f);
+        continue;
       }
-    });
+      transform_span(Span<Z, true>(grad, 0, params.v), grad, [&](int, uint32_t (&words)[kWords]) {
+#pragma unroll
+        for (int w = 0; w < kWords; ++w) {
+          words[w] = Word<Z>::pack(Word<Z>::get(words[w], 0) * scale,
+                                   Word<Z>::get(words[w], Word<Z>::kCount - 1) * scale);
+        }
+      });
+    }
   }
 }
 
@@ -456,25 +466,29 @@ inline int lines(int columns, int itemsize) {
 inline Plan plan_forward(int64_t n, int v, int itemsize, bool aligned, int arch,
                          int multiprocessors, Mode mode, bool want_grad) {
   const int bytes = v * itemsize;
-  if (arch < 90 && n < multiprocessors && bytes >= (1 << 14)) {
+  const bool few = n <= multiprocessors / 2, long_row = bytes > 1 << 16;
+  if (arch < 90 && few && long_row) {
     const int wanted = divide_up(multiprocessors, int(n));
     const int slices = min(wanted, divide_up(bytes, 1 << 14));
     return {Kernel::kSplit, 1, kSplitThreads, kVectors, lines(divide_up(v, slices), itemsize)};
   }
+  // A long row that is read once needs no registers to stay in, and no exchange. With a gradient,
+  // two visits pay where the rows of two CTAs per multiprocessor stay in the L2 cache and the
+  // edges of slices that are not aligned would cost more.
+  const int once = mode == kForward ? 1 << 16 : 104 << 10;
+  const bool twice_in_cache = mode == kGradient && !aligned && bytes <= 104 << 10;
   const Plan twice{Kernel::kTwoPass, 1, 512, kVectors, v};
-  const bool few = n < multiprocessors;  // each row over as many CTAs as there may be
-  const int cluster_limit = arch >= 90 ? 8 : 1;
-  for (int cluster = few && bytes >= (1 << 15) ? cluster_limit : 1; cluster <= cluster_limit;
-       cluster *= 2) {
+  if (!few && long_row && (want_grad ? twice_in_cache : bytes > once)) return twice;
+  // The smallest cluster that holds the row in CTAs of which two fit on a multiprocessor; for few
+  // rows the largest.
+  const int largest = arch >= 90 ? 8 : 1;
+  for (int cluster = few && bytes >= 1 << 15 ? largest : 1; cluster <= largest; cluster *= 2) {
     const int slice = cluster == 1 ? v : lines(divide_up(v, cluster), itemsize);
     const int vectors = divide_up(slice * itemsize, 16) + !aligned;
     const int threads = divide_up(divide_up(vectors, kVectors), kWarp) * kWarp;
-    if (threads <= 512 || (cluster == cluster_limit && threads <= row_threads(mode))) {
+    if (threads <= 512 || (cluster == largest && threads <= row_threads(mode))) {
       return {Kernel::kRow, cluster, threads, kVectors, slice};
     }
-    // Without a gradient a row is read once, and no exchange is needed. With one, the rows that
-    // two CTAs per multiprocessor work on are still in the L2 cache for their second visit.
-    if (!few && (!want_grad || bytes <= 104 << 10)) return twice;
   }
   return twice;
 }
@@ -549,11 +563,13 @@ void launch_forward(const Params& params, const Plan& plan, Stream stream) {
 template <class Z>
 void launch_backward(Params params, Stream stream) {
   if (params.n == 0) return;
-  params.slice = kElementwiseThreads * kBatch * kColumns<Z>;
-  const int vectors = divide_up(params.v, kColumns<Z>) + 1;
+  const int most = kElementwiseThreads * kBatch * kColumns<Z>;
+  const int slices = divide_up(params.v, most);
+  params.slice = lines(divide_up(params.v, slices), sizeof(Z));
+  const int vectors = divide_up(params.slice, kColumns<Z>) + 1;
   const int threads = divide_up(divide_up(vectors, kBatch), kWarp) * kWarp;
-  launch(backward_kernel<Z>, dim3(unsigned(params.n), divide_up(params.v, params.slice)),
-         min(kElementwiseThreads, threads), 1, 0, stream, params);
+  launch(backward_kernel<Z>, dim3(unsigned(params.n), slices), min(kElementwiseThreads, threads), 1,
+         0, stream, params);
 }
 
 template <class Z>
