@@ -83,9 +83,7 @@ def test_token_loss(benchmark, n, v, dtype):
             check(name, logits, target, tau)
 
     # What overwrites the logits gets a copy, which is made before and not counted.
-    variants = {
-        name: lambda z, name=name: gradients(name, z, target, tau) for name in TOKEN_LOSSES
-    }
+    variants = {name: lambda z, name=name: gradients(name, z, target, tau) for name in TOKEN_LOSSES}
     variants[f"{OURS}, overwrite_logits"] = lambda z: overwriting(z, target, tau)
     if CUDA:
         variants[f"{OURS}, forward with statistics"] = lambda z: statistics(z, target, tau)

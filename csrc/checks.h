@@ -14,9 +14,8 @@ namespace tempnet {
   // No stream: where the compiler links libstdc++ statically beside torch's, printing a number to
   // one crashes.
   throw std::out_of_range(std::string(function) + ": target[" + std::to_string(row) +
-                          "] must be in [0, " + std::to_string(vocab_size) +
-                          ") or ignore_index=" + std::to_string(ignore_index) + ", got " +
-                          std::to_string(value));
+                          "] must be in [0, " + std::to_string(vocab_size) + ") or ignore_index=" +
+                          std::to_string(ignore_index) + ", got " + std::to_string(value));
 }
 
 [[noreturn]] inline void throw_bad_argument(const char* function, const char* argument,

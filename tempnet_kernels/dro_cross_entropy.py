@@ -19,8 +19,8 @@ import torch
 
 from tempnet_kernels import _register
 
-# What backend="auto" takes per device type: the first that is built. On an H100 native is faster than
-# Triton at every size measured (benchmarks/results/h100/).
+# What backend="auto" takes per device type: the first that is built. On an H100 native is faster
+# than Triton at every size measured (benchmarks/results/h100/).
 AUTO = {"cpu": ("native",), "cuda": ("native", "triton")}
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -339,7 +339,7 @@ def dro_cross_entropy(
 
     loss = loss.reshape(target.shape) if reduction == "none" else loss.sum()
     if total is not None:
-        loss = torch.where(total == 0, math.nan, loss)
+        loss = loss + 0 / total.detach()  # the mean over nothing is NaN
     if not return_stats:
         return loss
     return loss, _stats(rows, argmax, vocab_size, target.shape)
@@ -427,7 +427,7 @@ def _row_scale(target, row_weight, normalizer, ignore_index, reduction, acc):
         )
     elif weight is None:
         total = (target != ignore_index).sum(dtype=acc)
-        # Where it is 0 there is no row to divide. Few kernels: on a GPU each is worth 1 % of a step.
+        # Where it is 0 there is no row to divide. On a GPU every small kernel saved counts.
         return total.clamp(min=1).reciprocal().expand(n), total
     else:
         total = torch.where(target != ignore_index, weight, 0).sum()

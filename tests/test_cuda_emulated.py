@@ -39,12 +39,17 @@ def use(module, monkeypatch):
     module.set_order("forward", 0)
 
 
+def whole_lines(v, parts, dtype):
+    """Columns of each of so many parts of a row, in whole lines of 128 bytes."""
+    line = 128 // dtype.itemsize
+    return math.ceil(v / parts / line) * line
+
+
 def row_plan(v, dtype, cluster):
     """A row over ``cluster`` CTAs in slices of whole 128-byte lines, held in registers."""
-    line = 128 // dtype.itemsize
-    slice_ = v if cluster == 1 else -(-(-(-v // cluster)) // line) * line
+    slice_ = v if cluster == 1 else whole_lines(v, cluster, dtype)
     vectors = slice_ * dtype.itemsize // 16 + 2
-    threads = -(-(-(-vectors // 8)) // 32) * 32
+    threads = math.ceil(vectors / 8 / 32) * 32
     if threads > 512:
         pytest.skip("a slice of this row does not fit in the registers of 512 threads")
     return {
@@ -93,9 +98,7 @@ def check_view(logits, target, tau, **options):
     live = (target != -100).sum().float()
     scale = (1 / live).expand(n)
     numbers = (token_loss.RHO, -100, options.get("label_smoothing", 0.0))
-    rows_loss, _, argmax = op(
-        view, target, tau, scale, *numbers, options.get("z_loss", 0.0), True
-    )
+    rows_loss, _, argmax = op(view, target, tau, scale, *numbers, options.get("z_loss", 0.0), True)
     # float16 is stored without the row's scale.
     in_place = (view.float() * scale[:, None]).half() if view.dtype == torch.float16 else view
     token_loss.assert_within_twice_plain(in_place, exact[1], plain[1], "in place")
@@ -109,8 +112,7 @@ def check_view(logits, target, tau, **options):
 @pytest.mark.parametrize("v", VOCABULARIES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_two_visits_and_split_rows_match_the_definition(use, dtype, v, name):
-    line = 128 // dtype.itemsize
-    slice_ = v if name != "split" else max(line, -(-v // 3 // line) * line)
+    slice_ = v if name != "split" else whole_lines(v, 3, dtype)
     use("reversed", kernel=emulated.KERNELS[name], cluster=1, threads=64, slice=slice_)
     logits, target, tau = token_loss.make((3, v), dtype)
     token_loss.check("native", logits, target, tau)  # rows of stride v: odd alignment for odd v

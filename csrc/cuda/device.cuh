@@ -103,9 +103,7 @@ TEMPNET_DEVICE uint32_t cluster_size() {
 TEMPNET_DEVICE void cluster_arrive_relaxed() {
   asm volatile("barrier.cluster.arrive.relaxed;" ::: "memory");
 }
-TEMPNET_DEVICE void cluster_wait() {
-  asm volatile("barrier.cluster.wait.acquire;" ::: "memory");
-}
+TEMPNET_DEVICE void cluster_wait() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
 TEMPNET_DEVICE void mbarrier_init(uint64_t* barrier, uint32_t arrivals) {
   asm volatile("mbarrier.init.shared.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(arrivals)
                : "memory");
@@ -132,7 +130,7 @@ TEMPNET_DEVICE void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
 // Stores to the same place of another CTA's shared memory, some time; completes 16 bytes on that
 // CTA's barrier.
 TEMPNET_DEVICE void store_remote(float4* to, uint32_t rank, const float4& value,
-                                             uint64_t* barrier) {
+                                 uint64_t* barrier) {
   asm volatile(
       "{\n\t.reg .b32 to, bar;\n"
       "\tmapa.shared::cluster.u32 to, %0, %2;\n"

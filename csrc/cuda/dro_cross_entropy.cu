@@ -113,13 +113,13 @@ RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& targe
   params.unscaled = logits.scalar_type() == ScalarType::Half;
   for_dtype(logits, [&](auto zero) {
     using Z = decltype(zero);
-    const Plan plan =
-        plan_forward(n, params.v, sizeof(Z), aligned_rows<Z>(params), on.arch, on.multiprocessors,
-                     mode_of(params), params.grad != nullptr);
+    const Plan plan = plan_forward(n, params.v, sizeof(Z), aligned_rows<Z>(params), on.arch,
+                                   on.multiprocessors, mode_of(params), params.grad != nullptr);
     Tensor parts = tau;  // holds the memory until the launches are queued
     if (plan.kernel == Kernel::kSplit) {
       const int64_t count = n * divide_up(params.v, plan.slice);
-      parts = torch::stable::new_empty(tau, {count * int64_t((sizeof(Partial) + sizeof(Extras)) / sizeof(float))});
+      parts = torch::stable::new_empty(
+          tau, {count * int64_t((sizeof(Partial) + sizeof(Extras)) / sizeof(float))});
       params.parts = static_cast<Partial*>(parts.mutable_data_ptr());
       params.extras = reinterpret_cast<Extras*>(params.parts + count);
     }
@@ -153,9 +153,7 @@ Tensor dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor sc
   params.grad = grad.mutable_data_ptr();
   params.grad_stride = grad.stride(0);
   params.rows = static_cast<float*>(rows.mutable_data_ptr());
-  for_dtype(logits, [&](auto zero) {
-    launch_backward<decltype(zero)>(params, on.stream);
-  });
+  for_dtype(logits, [&](auto zero) { launch_backward<decltype(zero)>(params, on.stream); });
   return grad;
 }
 
@@ -187,8 +185,13 @@ LaunchPlan launch_plan(int64_t n, int64_t v, const std::string& dtype, int arch)
         plan_forward(n, int(v), sizeof(Z), aligned, arch, multiprocessors, kGradient, true);
     int registers = -1;
     if (devices) registers = registers_of(forward_kernel<Z, kGradient>(plan.kernel, aligned));
-    return LaunchPlan{kernel_name(plan.kernel), plan.cluster, plan.threads, plan.vectors,
-                      plan.slice,               merge_bytes(plan.threads, plan.cluster), registers};
+    return LaunchPlan{kernel_name(plan.kernel),
+                      plan.cluster,
+                      plan.threads,
+                      plan.vectors,
+                      plan.slice,
+                      merge_bytes(plan.threads, plan.cluster),
+                      registers};
   };
   if (dtype == "float32") return describe(float{});
   if (dtype == "bfloat16") return describe(device::BFloat16{});

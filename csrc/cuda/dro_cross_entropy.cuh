@@ -32,11 +32,11 @@ struct Params {
   int64_t* argmax;  // [n] or null
   int64_t ignore_index;
   LossOptions<float> options;
-  bool unscaled;    // store c p - q without the row's scale
-  int slice;        // columns per CTA of a cluster, or of a split row
-  int slices;       // per row
-  Partial* parts;   // [n, slices], for split_kernel
-  Extras* extras;   // the same
+  bool unscaled;   // store c p - q without the row's scale
+  int slice;       // columns per CTA of a cluster, or of a split row
+  int slices;      // per row
+  Partial* parts;  // [n, slices], for split_kernel
+  Extras* extras;  // the same
 };
 
 constexpr int kVectors = 8;  // 16-byte vectors of a row that a thread holds: 32 registers
@@ -130,11 +130,9 @@ TEMPNET_DEVICE float z_loss_factor(const Params& params, float m, float log2_s, 
 TEMPNET_DEVICE Gradient gradient(const Params& params, const RowInputs& row, const Partial& p,
                                  float stored) {
   const float m = row_maximum(p.zmax, row.a);
-  const float c = params.options.z_loss == 0
-                      ? 1.0f
-                      : z_loss_factor(params, m, log2f(p.s), row.tau);
-  return gradient_of_row(row.a, m, 1 / p.s, p.z_y, row.y, c, stored,
-                         params.options.label_smoothing, 1 / float(params.v));
+  const float c = params.options.z_loss == 0 ? 1.0f : z_loss_factor(params, m, log2f(p.s), row.tau);
+  return gradient_of_row(row.a, m, 1 / p.s, p.z_y, row.y, c, stored, params.options.label_smoothing,
+                         1 / float(params.v));
 }
 
 // Shared memory of the merge: a barrier, and a record of every warp of the cluster.
@@ -196,7 +194,8 @@ TEMPNET_DEVICE void merge_warps(Partial& p, Extras* extras, float a) {
   // The largest first: then every record is moved once.
   const int count = int(cluster_size()) * warps;
   p = Partial{};
-  for (int j = lane; j < count; j += kWarp) p.zmax = fmaxf(p.zmax, records[j * kRecord<kHasExtras>].x);
+  for (int j = lane; j < count; j += kWarp)
+    p.zmax = fmaxf(p.zmax, records[j * kRecord<kHasExtras>].x);
   p.zmax = warp_max(p.zmax);
   if (kHasExtras) *extras = Extras{};
   const float m = row_maximum(p.zmax, a);
@@ -272,9 +271,8 @@ TEMPNET_DEVICE void transform_span(const Span<Z, true>& span, Z* row, F f) {
 
 template <class Z>
 TEMPNET_DEVICE void write_span(const Span<Z, true>& span, Z* row, const Gradient& g) {
-  transform_span(span, row, [&](int column, uint32_t (&words)[kWords]) {
-    to_gradient<Z>(g, column, words);
-  });
+  transform_span(span, row,
+                 [&](int column, uint32_t (&words)[kWords]) { to_gradient<Z>(g, column, words); });
 }
 
 // More threads leave 64 registers each, which the row and the rarer statistics do not fit in.
@@ -407,8 +405,8 @@ backward_kernel(TEMPNET_PARAM Params params) {
   const float log2_s = params.rows[kLog2S * params.n + row.i];
   const float c = z_loss_factor(params, m, log2_s, row.tau);
   write_span(Span<Z, true>(logits, begin, end), grad,
-             gradient_of_row(row.a, m, exp2f(-log2_s), to_float(logits[row.y]), row.y, c,
-                             row.scale, params.options.label_smoothing, 1 / float(params.v)));
+             gradient_of_row(row.a, m, exp2f(-log2_s), to_float(logits[row.y]), row.y, c, row.scale,
+                             params.options.label_smoothing, 1 / float(params.v)));
 }
 
 // CTAs take rows in turn, and look at the scales of a warp's width of them at a time: where every

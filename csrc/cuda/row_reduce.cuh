@@ -66,7 +66,7 @@ constexpr int kBits = 32 / Word<Z>::kCount;
 template <class Z>
 TEMPNET_DEVICE void set_column(uint32_t (&words)[kWords], int j, uint32_t bits) {
   const int shift = j % Word<Z>::kCount * kBits<Z>;
-  const uint32_t mask = uint32_t((uint64_t(1) << kBits<Z>) - 1) << shift;
+  const uint32_t mask = uint32_t((uint64_t(1) << kBits<Z>)-1) << shift;
   uint32_t& word = words[j / Word<Z>::kCount];
   word = (word & ~mask) | ((bits << shift) & mask);
 }
@@ -146,7 +146,8 @@ struct Span {
     return !kEdges || reinterpret_cast<uintptr_t>(other + first) % 16 == 0;
   }
 
-  TEMPNET_DEVICE void store(Z* to, bool aligned, int column, const uint32_t (&words)[kWords]) const {
+  TEMPNET_DEVICE void store(Z* to, bool aligned, int column,
+                            const uint32_t (&words)[kWords]) const {
     if (aligned && whole(column)) {
       store_stream(reinterpret_cast<uint4*>(to + column),
                    uint4{words[0], words[1], words[2], words[3]});
@@ -154,7 +155,8 @@ struct Span {
 #pragma unroll
       for (int j = 0; j < kColumns<Z>; ++j) {
         if (holds(column + j)) {
-          to[column + j] = from_bits<Z>(words[j / Word<Z>::kCount] >> (j % Word<Z>::kCount * kBits<Z>));
+          to[column + j] =
+              from_bits<Z>(words[j / Word<Z>::kCount] >> (j % Word<Z>::kCount * kBits<Z>));
         }
       }
     }

@@ -95,14 +95,12 @@ PYBIND11_MODULE(cuda_emulator, module) {
     });
   });
   module.def("backward", [](const std::string& dtype, const py::dict& params) {
-    for_dtype(dtype, [&](auto zero) {
-      device::launch_backward<decltype(zero)>(params_from(params), 0);
-    });
+    for_dtype(dtype,
+              [&](auto zero) { device::launch_backward<decltype(zero)>(params_from(params), 0); });
   });
   module.def("scale", [](const std::string& dtype, const py::dict& params) {
-    for_dtype(dtype, [&](auto zero) {
-      device::launch_scale<decltype(zero)>(params_from(params), 1, 0);
-    });
+    for_dtype(dtype,
+              [&](auto zero) { device::launch_scale<decltype(zero)>(params_from(params), 1, 0); });
   });
   module.def("reverse_blocks", &faults::reverse_blocks);
   module.def("divergent_barrier", &faults::divergent_barrier);

@@ -258,7 +258,7 @@ struct FaultHandler {
     alternate.ss_sp = stack.data();
     alternate.ss_size = stack.size();
     sigaltstack(&alternate, &old_stack);
-    struct sigaction action {};
+    struct sigaction action{};
     action.sa_sigaction = report_fault;
     action.sa_flags = SA_SIGINFO | SA_ONSTACK;
     sigaction(SIGSEGV, &action, &old_action);
@@ -334,7 +334,7 @@ uint32_t cluster_size() { return static_cast<uint32_t>(cluster->ctas.size()); }
 
 uint64_t shuffle(uint64_t value, int from) {
   Warp& warp = *current->warp;
-  uint64_t(&slots)[kLanes] = warp.slots[current->shuffles++ & 1];
+  uint64_t (&slots)[kLanes] = warp.slots[current->shuffles++ & 1];
   slots[current->lane] = value;
   arrive_and_wait(warp.barrier, 0, "shuffle");
   return slots[from];
@@ -354,9 +354,7 @@ void mbarrier_arrive_expect(uint64_t* p, uint32_t bytes) {
 
 void mbarrier_wait(uint64_t* barrier, uint32_t parity) {
   wait_until(
-      [](const void* b, uint32_t p) {
-        return (static_cast<const Mbarrier*>(b)->phase & 1u) != p;
-      },
+      [](const void* b, uint32_t p) { return (static_cast<const Mbarrier*>(b)->phase & 1u) != p; },
       barrier, parity, "mbarrier");
 }
 

@@ -1,0 +1,90 @@
+"""The CUDA sources compiled by nvcc for sm_80 and sm_90a against the installed torch: what ptxas
+says of registers and spills. Runs without a GPU."""
+
+import re
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+NVCC = shutil.which("nvcc")
+ARCHITECTURES = ("80", "90a")
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the PATH: not compiled")
+# kMode and kRead of the kernels that a training step launches on rows that begin on 16 bytes, or
+# that are read twice. The others hold more: argmax, label smoothing, edges of a row.
+MAIN_MODES = ("forward", "gradient")
+MODES = ("forward", "gradient", "argmax", "all")
+READS = ("aligned", "edged", "twice")
+
+
+def compile_for(architecture, directory):
+    """{(kernel, dtype, mode, read): (registers, spilled bytes)}"""
+    include = Path(torch.__path__[0]) / "include"
+    command = [
+        NVCC, "-std=c++17", "-O3", f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
+        "-Xptxas=-v", "-Werror=all-warnings", f"-I{include}",
+        f"-I{include}/torch/csrc/api/include", "-DTORCH_TARGET_VERSION=0x020b000000000000",
+        "-DUSE_CUDA", "-c", str(ROOT / "csrc/cuda/dro_cross_entropy.cu"), "-o",
+        str(directory / f"{architecture}.o"),
+    ]  # fmt: skip
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    pattern = re.compile(
+        r"Compiling entry function '\w*?device\d+(\w+?_kernel)I(\w+?)vNS0_6ParamsE'.*?"
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
+        re.S,
+    )
+    report = {}
+    for kernel, arguments, stores, loads, registers in pattern.findall(result.stderr):
+        dtype = re.match(r"f|NS0_\d+(\w+?)E", arguments)
+        mode = re.search(r"ModeE(\d)", arguments)
+        read = re.search(r"ReadE(\d)", arguments)
+        key = (
+            kernel,
+            dtype.group(1) or "float",
+            MODES[int(mode.group(1))] if mode else None,
+            READS[int(read.group(1))] if read else None,
+            arguments if kernel == "join_kernel" else None,
+        )
+        report[key] = (int(registers), int(stores) + int(loads))
+    return report
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("cuda")
+    with ThreadPoolExecutor() as pool:
+        compiled = pool.map(lambda a: compile_for(a, directory), ARCHITECTURES)
+    reports = dict(zip(ARCHITECTURES, compiled, strict=True))
+    for architecture, report in reports.items():
+        for key, (registers, spilled) in report.items():
+            name = " ".join(filter(None, key[:4]))
+            print(f"sm_{architecture} {name:45} {registers:4} registers {spilled:4} bytes spilled")
+    return reports
+
+
+def test_every_kernel_is_compiled(reports):
+    for report in reports.values():
+        # row: 3 types x 4 modes x 3 reads; split: 3 x 4; join: 3 x 2; backward and scale: 3 each.
+        assert len(report) == 36 + 12 + 6 + 6
+
+
+def test_main_kernels_hold_a_row_in_64_registers_without_a_spill(reports):
+    for architecture, report in reports.items():
+        for key, (registers, spilled) in report.items():
+            kernel, _, mode, read, _ = key
+            if kernel == "row_kernel" and mode in MAIN_MODES and read != "edged":
+                # 512 threads x 64 registers: two CTAs fit on a multiprocessor.
+                assert (registers <= 64, spilled) == (True, 0), (architecture, key)
+
+
+def test_no_other_kernel_spills_more_than_a_few_words_of_a_row(reports):
+    for architecture, report in reports.items():
+        for key, (_, spilled) in report.items():
+            kernel = key[0]
+            limit = 128 if kernel == "row_kernel" else 0  # of 128 bytes x 2 that a thread reads
+            assert spilled <= limit, (architecture, key, spilled)
