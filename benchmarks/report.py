@@ -43,7 +43,7 @@ def table(info):
 def picture(infos, path):
     infos = [x for x in infos if x["n"] >= 512]
     names = [OURS, COPY, *(n for n in infos[0]["time_ms"] if n not in (OURS, COPY))]
-    figure, axis = plt.subplots(figsize=(11, 4.5))
+    figure, axis = plt.subplots(figsize=(12, 4.5))
     for i, name in enumerate(names):
         nothing = [math.nan]  # it ran out of memory there
         ratios = [
@@ -51,11 +51,11 @@ def picture(infos, path):
         ]
         places = [j + (i - len(names) / 2) * 0.8 / len(names) for j in range(len(infos))]
         axis.bar(places, ratios, 0.8 / len(names), label=name, align="edge")
-    labels = [f"{x['n']} x {x['v']}\n{x['dtype']}" for x in infos]
+    labels = [f"V = {x['v']}\nN = {x['n']}\n{x['dtype']}" for x in infos]
     axis.set_xticks(range(len(infos)), labels)
     axis.set(yscale="log", ylabel="time / time of a copy of the logits")
     axis.set_title(infos[0]["environment"]["device"])
-    axis.legend()
+    axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), frameon=False)
     figure.savefig(path, dpi=130, bbox_inches="tight")
 
 

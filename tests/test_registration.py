@@ -9,7 +9,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 import tempnet_kernels
-from tempnet_kernels import dro_cross_entropy
+from tempnet_kernels import _register, dro_cross_entropy
+
+dro_cross_entropy_module = sys.modules["tempnet_kernels.dro_cross_entropy"]
 
 BACKENDS = ["reference", "native", "triton"]
 
@@ -176,6 +178,53 @@ for backend in ("auto", "native", "triton"):
     assert "pip install triton" in lines[3]
 
 
+def test_auto_takes_the_first_backend_that_is_built(monkeypatch):
+    auto = dro_cross_entropy_module.AUTO
+    chosen = {}
+    for built in ({"native", "triton"}, {"triton"}, set()):
+        monkeypatch.setattr(
+            _register, "missing", lambda op, b, d, built=built: None if b in built else "not built"
+        )
+        for device in ("cpu", "cuda"):
+            chosen[device, len(built)] = _register.auto_backend("op", auto, device)
+    assert [chosen["cuda", n] for n in (2, 1, 0)] == ["native", "triton", "native"]
+    assert [chosen["cpu", n] for n in (2, 1, 0)] == ["native"] * 3  # slow Triton is no fallback
+
+
+def test_float64_on_a_backend_without_it_raises():
+    logits, target, _ = make("cpu", dtype=torch.float64)
+    with pytest.raises(TypeError, match="for backend 'triton' on cpu, got torch.float64"):
+        dro_cross_entropy(logits, target, backend="triton")
+
+
 def test_public_names_are_documented():
     for name in tempnet_kernels.__all__:
         assert getattr(tempnet_kernels, name).__doc__, name
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("n, v", [(6, 40), (200, 40000), (200, 70000)])  # row, twice, cluster
+@pytest.mark.parametrize("backend", ["native", "triton"])
+def test_cuda_graph_replays_a_step(backend, n, v):
+    """Capture raises where anything waits for the GPU."""
+    logits, target, tau = make("cuda", n, v)
+    z, t = logits.clone().requires_grad_(), tau.clone().requires_grad_()
+
+    def step():
+        loss = dro_cross_entropy(z, target, t, 0.5, backend=backend)
+        return loss.detach(), *torch.autograd.grad(loss, (z, t))
+
+    eager = [x.clone() for x in step()]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for x in captured:
+        x.fill_(7)
+    graph.replay()
+    for got, expected in zip(captured, eager, strict=True):
+        assert torch.equal(got, expected)

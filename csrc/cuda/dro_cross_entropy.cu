@@ -1,4 +1,5 @@
-// The token loss on a GPU: the operators under the CUDA key. The kernels are in the .cuh.
+// The token loss on a GPU: the operators under the CUDA key. The kernels and their launches are in
+// the .cuh files.
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -9,7 +10,7 @@
 #include <tuple>
 
 #include "../checks.h"
-#include "dro_cross_entropy.cuh"
+#include "dro_cross_entropy_launch.cuh"
 #include "launch_plan.h"
 
 namespace tempnet {

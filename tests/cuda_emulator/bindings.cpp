@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include "cuda/dro_cross_entropy.cuh"
+#include "cuda/dro_cross_entropy_launch.cuh"
 #include "faults.h"
 
 namespace tempnet {
