@@ -50,25 +50,22 @@ def statistics(logits, target, tau):
 
 
 def check(name, logits, target, tau):
-    """A wrong kernel is not timed. In float32 the official formula's gradient of tau keeps four
-    digits at V = 128256."""
-    rows = slice(0, 8)
-    z = logits.detach()[rows].clone().requires_grad_()
-    t = tau.detach()[rows].clone().requires_grad_()
-    got = gradients(name, z, target[rows], t)
-    exact_inputs = z.detach().double().requires_grad_(), t.detach().double().requires_grad_()
-    loss = dro_cross_entropy(
-        exact_inputs[0], target[rows], exact_inputs[1], RHO, backend="reference"
-    )
-    exact = loss.detach(), *torch.autograd.grad(loss, exact_inputs)
+    """A wrong kernel is not timed: the launch that is timed, some of its rows against float64. In
+    float32 the official formula's gradient of tau keeps four digits at V = 128256."""
+    n = logits.shape[0]
+    rows = torch.randperm(n, device=logits.device)[:16]
+    _, grad_logits, grad_tau = gradients(name, logits, target, tau)
+    z = logits.detach()[rows].double().requires_grad_()
+    t = tau.detach()[rows].double().requires_grad_()
+    loss = dro_cross_entropy(z, target[rows], t, RHO, normalizer=n, backend="reference")
+    exact_logits, exact_tau = torch.autograd.grad(loss, (z, t))
     tolerance = 2e-5 if name.startswith(OURS) else 2e-4
     if logits.dtype != torch.float32:
         tolerance = 5e-2
-    for g, e in zip(got, exact, strict=True):
-        # The loss and rho - kl may be near 0: there the terms that they are the difference of are
-        # the measure.
-        scale = e.abs().max() if e.dim() == 2 else 1.0
-        assert (g.double() - e).abs().max() <= tolerance * scale, name
+    error = (grad_logits[rows].double() - exact_logits).abs().max()
+    assert error <= tolerance * exact_logits.abs().max(), name
+    # rho - kl may be near 0: there the terms that it is the difference of are the measure.
+    assert (grad_tau[rows].double() - exact_tau).abs().max() <= tolerance / n, name
 
 
 @pytest.mark.parametrize("n, v, dtype", SHAPES, ids=str)

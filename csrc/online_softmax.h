@@ -53,6 +53,16 @@ TEMPNET_INLINE RowState<T> merge(const RowState<T>& x, const RowState<T>& y) {
   return r;
 }
 
+// The rows of the per-row result, [kRowFields, N]; tempnet_kernels/dro_cross_entropy.py has the
+// same order.
+enum RowField { kLoss, kGradTau, kM, kLog2S, kEntropy, kLogProb, kRowFields };
+
+// c of d loss / d z = c p - q.
+template <class T>
+TEMPNET_INLINE T probability_factor(T z_loss, T lse, T tau) {
+  return 1 + 2 * z_loss * lse / tau;
+}
+
 // What a row's loss is made of. Names as in docs/numerics.md.
 template <class T>
 struct LossOptions {
@@ -86,7 +96,7 @@ TEMPNET_INLINE RowResult<T> finish(const RowState<T>& state, T zmax, T z_y, T me
   }
   r.loss = below + tau * (centred_lse + o.rho - o.log_v) + o.z_loss * lse * lse;
   r.log_prob = (z_y - zmax) / tau - centred_lse;
-  r.c = 1 + 2 * o.z_loss * lse / tau;
+  r.c = probability_factor(o.z_loss, lse, tau);
   r.grad_tau = r.entropy + o.rho - o.log_v - 2 * o.z_loss * lse * (lse - r.entropy) / tau;
   return r;
 }

@@ -19,8 +19,8 @@ import torch
 
 from tempnet_kernels import _register
 
-# What backend="auto" takes per device type: the first that is built. On an H100 native is faster
-# than Triton at every size measured (benchmarks/results/h100/).
+# What backend="auto" takes per device type: the first that is built. On an H100 native is the
+# faster from V = 8192 on (benchmarks/results/h100/, benchmarks/NOTES.md).
 AUTO = {"cpu": ("native",), "cuda": ("native", "triton")}
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -415,7 +415,8 @@ def _row_scale(target, row_weight, normalizer, ignore_index, reduction, acc):
     n = target.shape[0]
     weight = None
     if row_weight is not None:
-        weight = row_weight.to(acc).reshape(-1)
+        # The weight of an ignored row may be anything, NaN too.
+        weight = torch.where(target != ignore_index, row_weight.to(acc).reshape(-1), 0)
     if reduction != "mean":
         return (target.new_ones((), dtype=acc).expand(n) if weight is None else weight), None
     if normalizer is not None:
@@ -430,7 +431,7 @@ def _row_scale(target, row_weight, normalizer, ignore_index, reduction, acc):
         # Where it is 0 there is no row to divide. On a GPU every small kernel saved counts.
         return total.clamp(min=1).reciprocal().expand(n), total
     else:
-        total = torch.where(target != ignore_index, weight, 0).sum()
+        total = weight.sum()
     empty = total == 0
     # Divide by 1 where the sum is 0: a 0/0 in the branch not taken would reach the weights'
     # gradient as NaN.

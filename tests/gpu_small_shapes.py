@@ -1,18 +1,9 @@
 """Runs every CUDA kernel on small shapes; for compute-sanitizer (scripts/gpu_check.sh)."""
 
 import torch
+from test_dro_cross_entropy import CUDA_SHAPES
 
 from tempnet_kernels import dro_cross_entropy
-
-# (N, V, columns before the row), to reach every kernel of the launch plan.
-SHAPES = [
-    (150, 33, 0),  # a row in the registers of one CTA
-    (150, 1001, 1),  # the same, off 16 bytes
-    (133, 36000, 0),  # read twice
-    (133, 60000, 0),  # a cluster per row
-    (133, 60001, 7),  # the same, off 16 bytes
-    (3, 20011, 0),  # few rows
-]
 
 
 def run(wide, target, tau, v, first, **options):
@@ -26,7 +17,7 @@ def run(wide, target, tau, v, first, **options):
 
 def main():
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
-        for n, v, first in SHAPES:
+        for n, v, first in CUDA_SHAPES:
             wide = torch.randn(n, -(-(v + first) // 8) * 8, device="cuda").to(dtype)
             target = torch.randint(0, v, (n,), device="cuda")
             target[1] = -100

@@ -369,6 +369,20 @@ def test_a_loss_mask_is_not_ignored(backend, device):
     assert (grad[1::2] == 0).all() and (grad[::2] != 0).all()
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("weight", [math.nan, INF])
+def test_the_weight_of_an_ignored_row_is_not_used(backend, weight, dtype, device):
+    logits = torch.randn(3, 9, device=device).to(dtype)
+    target = torch.tensor([1, -100, 3], device=device)
+    weights = torch.tensor([1.0, weight, 2.0], device=device)
+    zero = torch.tensor([1.0, 0.0, 2.0], device=device)
+    for reduction in ("mean", "sum", "none"):
+        options = {"reduction": reduction, "backend": backend}
+        got = run(logits, target, row_weight=weights, **options)
+        for g, expected in zip(got, run(logits, target, row_weight=zero, **options), strict=True):
+            assert g.isfinite().all() and torch.equal(g, expected)
+
+
 def test_other_ignore_index(backend, device):
     logits = torch.randn(3, 9, device=device)
     target = torch.tensor([1, 0, 3], device=device)

@@ -86,5 +86,5 @@ def test_no_other_kernel_spills_more_than_a_few_words_of_a_row(reports):
     for architecture, report in reports.items():
         for key, (_, spilled) in report.items():
             kernel = key[0]
-            limit = 128 if kernel == "row_kernel" else 0  # of 128 bytes x 2 that a thread reads
+            limit = 128 if kernel == "row_kernel" else 0  # a thread holds 128 bytes of the row
             assert spilled <= limit, (architecture, key, spilled)

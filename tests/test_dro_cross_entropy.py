@@ -26,6 +26,16 @@ SHAPES = [
     (3, 9001),  # several blocks, ragged
 ]
 RHO = 0.7
+# (N, V, columns before the row): every kernel that a GPU of compute capability 9.0 launches.
+CUDA_SHAPES = [
+    (150, 33, 0),  # a row in the registers of one CTA
+    (150, 1001, 1),  # the same, off 16 bytes
+    (133, 36000, 1),  # read twice
+    (133, 60000, 0),  # a cluster of 2 (float32: 4)
+    (133, 128256, 0),  # of 4 (8)
+    (133, 60001, 7),  # the same as with 60000, off 16 bytes
+    (3, 20011, 0),  # few rows
+]
 
 
 def make(shape, dtype=torch.float32, device="cpu", spread=3.0, ignore=True):
@@ -84,6 +94,27 @@ def test_value_and_gradients_match_the_definition(backend, shape, dtype, reducti
         p = torch.softmax(logits.double() / tau.double()[:, None], 1)
         assert ((p > 0.01) & (p < 0.99)).any(), "a trivial softmax would prove nothing"
     check(backend, logits, target, tau, reduction=reduction)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the emulator runs these plans")
+@pytest.mark.parametrize("n, v, first", CUDA_SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_plan_of_a_gpu_matches_the_definition(dtype, n, v, first):
+    """More rows than multiprocessors: other launches than those of the small shapes above."""
+    logits, target, tau = make((n, v), dtype, "cuda")
+    wide = torch.full((n, -(-(v + first) // 8) * 8), math.nan, dtype=dtype, device="cuda")
+    wide[:, first : first + v] = logits
+    exact = expected(logits, target, tau, torch.float64)
+    plain = expected(logits, target, tau, torch.float32)
+    leaf = wide[:, first : first + v].detach().requires_grad_()
+    t = tau.clone().requires_grad_()
+    loss, stats = dro_cross_entropy(leaf, target, t, RHO, return_stats=True, backend="native")
+    with_argmax = loss.detach(), *torch.autograd.grad(loss, (leaf, t))
+    assert torch.equal(stats.argmax, torch.where(target == -100, -1, logits.argmax(1)))
+    names = ("loss", "grad_logits", "grad_tau")
+    for got in (run("native", logits, target, tau), with_argmax):
+        for name, g, e, p in zip(names, got, exact, plain, strict=True):
+            assert_within_twice_plain(g, e, p, name)
 
 
 @pytest.mark.parametrize("label_smoothing, z_loss", [(0.1, 0.0), (0.0, 1e-2), (0.2, 1e-3)])

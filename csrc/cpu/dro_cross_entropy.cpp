@@ -24,8 +24,6 @@ constexpr int64_t kBlock = 4096;
 // Columns summed before the sum is added to the block's: without it the error grows with the row.
 constexpr int64_t kSum = 512;
 
-enum RowField { kLoss, kGradTau, kM, kLog2S, kEntropy, kLogProb, kRowFields };
-
 template <class T>
 struct Strided {
   T* data;
@@ -214,7 +212,7 @@ struct BackwardRows {
         std::fill(grad, grad + v, store<Z>(T(0)));
         continue;
       }
-      const T c = 1 + 2 * args.options.z_loss * Constants<T>::kLn2 * (m + log2_s) / tau;
+      const T c = probability_factor(args.options.z_loss, Constants<T>::kLn2 * (m + log2_s), tau);
       write_gradient<kFma>(args.logits + i * args.logits_stride, grad, v, y,
                            Constants<T>::kLog2e / tau, m, std::exp2(-log2_s), c, scale,
                            args.options.label_smoothing);

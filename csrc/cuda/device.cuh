@@ -18,7 +18,7 @@
 
 #define TEMPNET_DEVICE __device__ __forceinline__
 #define TEMPNET_KERNEL(threads, ctas_per_sm) __global__ void __launch_bounds__(threads, ctas_per_sm)
-// Clusters, mbarriers with transaction counts and bulk copies are of compute capability 9.0.
+// Clusters and mbarriers with transaction counts are of compute capability 9.0.
 #define TEMPNET_HAS_CLUSTERS (!defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900)
 #define TEMPNET_PARAM const __grid_constant__
 
@@ -161,11 +161,12 @@ inline void check(cudaError_t error, const char* what) {
 
 using Stream = cudaStream_t;
 
+// On the current device.
 template <class Kernel>
-int registers_of(Kernel kernel) {
+cudaFuncAttributes attributes_of(Kernel kernel) {
   cudaFuncAttributes attributes;
   check(cudaFuncGetAttributes(&attributes, kernel), "cudaFuncGetAttributes");
-  return attributes.numRegs;
+  return attributes;
 }
 
 template <class Params>

@@ -21,7 +21,8 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr const char* kName = "dro_cross_entropy";
-constexpr int64_t kMaxColumns = int64_t(1) << 28;  // byte offsets within a row stay in 32 bits
+constexpr int64_t kMaxColumns = int64_t(1) << 28;     // byte offsets in a row stay in 32 bits
+constexpr int64_t kMaxRows = (int64_t(1) << 28) - 1;  // times 8 CTAs a grid's first dimension
 
 // The tensors' device for the lifetime of this, and its current stream.
 struct OnDevice {
@@ -32,14 +33,11 @@ struct OnDevice {
       throw std::runtime_error("dro_cross_entropy: no current CUDA stream");
     }
     stream = static_cast<Stream>(current);
-    int major = 0, minor = 0;
     check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index),
           "cudaDeviceGetAttribute");
-    check(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, index),
-          "cudaDeviceGetAttribute");
-    check(cudaDeviceGetAttribute(&minor, cudaDevAttrComputeCapabilityMinor, index),
-          "cudaDeviceGetAttribute");
-    arch = 10 * major + minor;
+    // What the code was compiled for, not what the device is: PTX of 8.0 that the driver compiles
+    // for a 9.0 knows no clusters.
+    arch = attributes_of(scale_kernel<float>).ptxVersion;
   }
   torch::stable::accelerator::DeviceGuard guard;
   Stream stream;
@@ -63,6 +61,7 @@ void for_dtype(const Tensor& tensor, F f) {
 Params shape_params(const Tensor& wide) {
   Params params{};
   params.n = wide.size(0);
+  if (params.n > kMaxRows) throw_bad_argument(kName, "logits", "of fewer than 2^28 rows");
   if (wide.size(1) > kMaxColumns) throw_bad_argument(kName, "logits", "of at most 2^28 columns");
   params.v = static_cast<int>(wide.size(1));
   if (params.v > 1 && wide.stride(1) != 1) {
@@ -173,6 +172,8 @@ void scale_rows_(Tensor grad, Tensor scale) {
 }  // namespace
 
 LaunchPlan launch_plan(int64_t n, int64_t v, const std::string& dtype, int arch) {
+  if (n < 1 || n > kMaxRows) throw_bad_argument("launch_plan", "N", "in [1, 2^28)");
+  if (v < 1 || v > kMaxColumns) throw_bad_argument("launch_plan", "V", "in [1, 2^28]");
   int devices = 0, multiprocessors = 132;
   if (cudaGetDeviceCount(&devices) != cudaSuccess) devices = 0;
   if (devices) {
@@ -185,7 +186,8 @@ LaunchPlan launch_plan(int64_t n, int64_t v, const std::string& dtype, int arch)
     const Plan plan =
         plan_forward(n, int(v), sizeof(Z), aligned, arch, multiprocessors, kGradient, true);
     int registers = -1;
-    if (devices) registers = registers_of(forward_kernel<Z, kGradient>(plan.kernel, aligned));
+    if (devices)
+      registers = attributes_of(forward_kernel<Z, kGradient>(plan.kernel, aligned)).numRegs;
     return LaunchPlan{kernel_name(plan.kernel),
                       plan.cluster,
                       plan.threads,

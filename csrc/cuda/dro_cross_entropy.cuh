@@ -11,8 +11,6 @@
 namespace tempnet {
 namespace device {
 
-enum RowField { kLoss, kGradTau, kM, kLog2S, kEntropy, kLogProb, kRowFields };
-
 struct Params {
   int64_t n;
   int v;
@@ -92,7 +90,7 @@ TEMPNET_DEVICE float times(float scale, float x) { return scale == 0 ? 0.0f : sc
 template <class Z>
 TEMPNET_DEVICE void dead_row(const Params& params, const RowInputs& row, bool first, int begin,
                              int end) {
-  const float value = row.ignored ? 0.0f : NAN, scaled = times(row.scale, value);
+  const float value = row.ignored ? 0.0f : NAN, scaled = row.scale == 0 ? 0.0f : value;
   if (first && threadIdx.x == 0) {
     params.loss[row.i] = scaled;
     params.rows[kLoss * params.n + row.i] = value;
@@ -123,14 +121,11 @@ TEMPNET_DEVICE void store_row(const Params& params, const RowInputs& row, const 
   }
 }
 
-TEMPNET_DEVICE float z_loss_factor(const Params& params, float m, float log2_s, float tau) {
-  return 1 + 2 * params.options.z_loss * Constants<float>::kLn2 * (m + log2_s) / tau;
-}
-
 TEMPNET_DEVICE Gradient gradient(const Params& params, const RowInputs& row, const Partial& p,
                                  float stored) {
   const float m = row_maximum(p.zmax, row.a);
-  const float c = params.options.z_loss == 0 ? 1.0f : z_loss_factor(params, m, log2f(p.s), row.tau);
+  const float z_loss = params.options.z_loss, ln2 = Constants<float>::kLn2;
+  const float c = z_loss == 0 ? 1.0f : probability_factor(z_loss, ln2 * (m + log2f(p.s)), row.tau);
   return gradient_of_row(row.a, m, 1 / p.s, p.z_y, row.y, c, stored, params.options.label_smoothing,
                          1 / float(params.v));
 }
@@ -210,22 +205,10 @@ TEMPNET_DEVICE void merge_warps(Partial& p, Extras* extras, float a) {
       if (x.x == p.zmax && q_extras.argmax < extras->argmax) extras->argmax = q_extras.argmax;
     }
     move_to(m, a, q, kHasExtras ? &q_extras : nullptr);
-    p.s += q.s;
-    p.sx += q.sx;
-    p.z_y = fmaxf(p.z_y, q.z_y);
-    if (kHasExtras) {
-      extras->su += q_extras.su;
-      extras->count += q_extras.count;
-    }
+    add(p, extras, q, kHasExtras ? &q_extras : nullptr);
   }
-  p.s = warp_sum(p.s);
-  p.sx = warp_sum(p.sx);
-  p.z_y = warp_max(p.z_y);
-  if (kHasExtras) {
-    extras->argmax = warp_min(extras->argmax);
-    extras->su = warp_sum(extras->su);
-    extras->count = warp_sum(extras->count);
-  }
+  warp_add(p, extras);
+  if (kHasExtras) extras->argmax = warp_min(extras->argmax);
 }
 
 // The part of the span that this thread reads, tile by tile.
@@ -399,13 +382,14 @@ backward_kernel(TEMPNET_PARAM Params params) {
   const int begin = blockIdx.y * params.slice, end = min(params.v, begin + params.slice);
   Z* grad = grad_row<Z>(params, row.i);
   if (!row.live || row.scale == 0) {
-    fill(grad, begin, end, times(row.scale, row.ignored ? 0.0f : NAN));
+    fill(grad, begin, end, row.ignored || row.scale == 0 ? 0.0f : NAN);
     return;
   }
   const Z* logits = logits_row<Z>(params, row.i);
   const float m = params.rows[kM * params.n + row.i];
   const float log2_s = params.rows[kLog2S * params.n + row.i];
-  const float c = z_loss_factor(params, m, log2_s, row.tau);
+  const float lse = Constants<float>::kLn2 * (m + log2_s);
+  const float c = probability_factor(params.options.z_loss, lse, row.tau);
   write_span(Span<Z, true>(logits, begin, end), grad,
              gradient_of_row(row.a, m, exp2f(-log2_s), to_float(logits[row.y]), row.y, c, row.scale,
                              params.options.label_smoothing, 1 / float(params.v)));

@@ -214,6 +214,26 @@ TEMPNET_DEVICE void move_to(float m, float a, Partial& p, Extras* extras) {
   if (extras) extras->su += extras->count * d;
 }
 
+// Of parts that are relative to the same maximum.
+TEMPNET_DEVICE void add(Partial& p, Extras* p_extras, const Partial& q, const Extras* q_extras) {
+  p.s += q.s;
+  p.sx += q.sx;
+  p.z_y = fmaxf(p.z_y, q.z_y);
+  if (p_extras) {
+    p_extras->su += q_extras->su;
+    p_extras->count += q_extras->count;
+  }
+}
+TEMPNET_DEVICE void warp_add(Partial& p, Extras* extras) {
+  p.s = warp_sum(p.s);
+  p.sx = warp_sum(p.sx);
+  p.z_y = warp_max(p.z_y);
+  if (extras) {
+    extras->su = warp_sum(extras->su);
+    extras->count = warp_sum(extras->count);
+  }
+}
+
 TEMPNET_DEVICE void merge_into(Partial& p, Extras* p_extras, Partial q, Extras* q_extras, float a) {
   const float zmax = fmaxf(p.zmax, q.zmax), m = row_maximum(zmax, a);
   if (p_extras) {
@@ -224,13 +244,7 @@ TEMPNET_DEVICE void merge_into(Partial& p, Extras* p_extras, Partial q, Extras* 
   move_to(m, a, p, p_extras);
   move_to(m, a, q, q_extras);
   p.zmax = zmax;
-  p.s += q.s;
-  p.sx += q.sx;
-  p.z_y = fmaxf(p.z_y, q.z_y);
-  if (p_extras) {
-    p_extras->su += q_extras->su;
-    p_extras->count += q_extras->count;
-  }
+  add(p, p_extras, q, q_extras);
 }
 
 // The union of the parts of a warp's lanes, in every lane.
@@ -239,13 +253,7 @@ TEMPNET_DEVICE void warp_merge(Partial& p, Extras* extras, float a) {
   if (extras) extras->argmax = warp_min(p.zmax == zmax ? extras->argmax : kNoColumn);
   move_to(row_maximum(zmax, a), a, p, extras);
   p.zmax = zmax;
-  p.s = warp_sum(p.s);
-  p.sx = warp_sum(p.sx);
-  p.z_y = warp_max(p.z_y);
-  if (extras) {
-    extras->su = warp_sum(extras->su);
-    extras->count = warp_sum(extras->count);
-  }
+  warp_add(p, extras);
 }
 
 // The largest logit of packed vectors, and the first vector that holds it.

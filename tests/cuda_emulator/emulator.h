@@ -15,7 +15,6 @@
 #define TEMPNET_DEVICE inline
 #define TEMPNET_KERNEL(threads, ctas_per_sm) void
 #define TEMPNET_PARAM const
-#define TEMPNET_HAS_CLUSTERS 1
 
 struct dim3 {
   unsigned x, y, z;
