@@ -17,38 +17,48 @@ _library = torch.library.Library("tempnet", "DEF")
 _python_devices = {"triton": ("CUDA", "CPU"), "reference": ("CUDA", "CPU")}
 
 
-def define(schema, fake, module):
+def define(schema, fake, module, loop=None):
     """Declare ``name(args) -> returns`` for every backend.
 
     ``fake`` computes the outputs' metadata; ``module`` is the file stem under ``triton/`` and
-    ``reference/`` that holds a function called ``name``.
+    ``reference/`` that holds a function called ``name``. With ``loop``, a file stem of this
+    package, the native and the Triton overload are its function ``name`` with the backend before
+    the arguments: a loop around matrix products and smaller operators of that backend.
     """
     name, rest = schema.split("(", 1)
     for backend in BACKENDS:
         op = f"{name}.{backend}"
         _library.define(f"{op}({rest}")
         torch.library.register_fake(f"tempnet::{op}", fake, lib=_library)
-        if "(a!)" in schema:
+        written = schema.count("!)")
+        if written:
             # Library.define does not bump the version of what an op writes: a stale use would be
             # silently wrong.
-            _library.impl(op, _version_bump(name, backend), "ADInplaceOrView", with_keyset=True)
-        for device in _python_devices.get(backend, ()):
-            _library.impl(op, _lazy(name, backend, module), device)
+            bump = _version_bump(name, backend, written)
+            _library.impl(op, bump, "ADInplaceOrView", with_keyset=True)
+        looped = loop is not None and backend != "reference"
+        for device in ("CUDA", "CPU") if looped else _python_devices.get(backend, ()):
+            call = _lazy(name, loop, backend) if looped else _lazy(name, f"{backend}.{module}")
+            _library.impl(op, call, device)
 
 
-def _version_bump(name, backend):
-    def call(keyset, tensor, *args):
+def _version_bump(name, backend, written):
+    """The arguments that an op writes come first."""
+
+    def call(keyset, *args):
         op = getattr(getattr(torch.ops.tempnet, name), backend)
-        result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, tensor, *args)
-        torch.autograd.graph.increment_version(tensor)
+        result = op.redispatch(keyset & torch._C._after_ADInplaceOrView_keyset, *args)
+        for tensor in args[:written]:
+            torch.autograd.graph.increment_version(tensor)
         return result
 
     return call
 
 
-def _lazy(name, backend, module):
+def _lazy(name, module, *first):
     def call(*args):
-        return getattr(importlib.import_module(f"tempnet_kernels.{backend}.{module}"), name)(*args)
+        function = getattr(importlib.import_module(f"tempnet_kernels.{module}"), name)
+        return function(*first, *args)
 
     return call
 

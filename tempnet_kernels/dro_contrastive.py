@@ -1,0 +1,443 @@
+"""Contrastive loss with a temperature per anchor, both directions: schema, autograd, public
+function.
+
+For an anchor i with similarities S_ij to its candidates, h_ij = S_ij - S_ii and temperature tau_i:
+
+    g_i  = sum_{j != i} exp(h_ij / tau_i)
+    s_i  = (1 - gamma) s_i(old) + gamma g_i          on a first visit g_i
+    term = tau_i (log(s_i / n_i) + rho)              n_i: the number of negatives
+
+and the loss is the mean of the images' terms plus the mean of the texts'.
+
+Qiu et al., "To Cool or not to Cool? Temperature Network Meets Large Foundation Models via DRO",
+ICML 2024.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from tempnet_kernels import _register
+from tempnet_kernels.dro_cross_entropy import _check_like, _once_differentiable, accumulation_dtype
+
+AUTO = {"cpu": ("native",), "cuda": ("native", "triton")}
+
+# Similarities of at most this many bytes are kept in fp32 for the backward, which saves one of four
+# matrix products.
+KEEP_BYTES = 64 << 20
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+# Fields of the states [5, M] of the rows and [5, N] of the columns; csrc/cpu/dro_contrastive.cpp
+# has the same order. M, S and SX are those of docs/numerics.md; POSITIVE is S_ii (rows only).
+M, S, SX, COUNT, POSITIVE = range(5)
+
+# An anchor without negatives, and a candidate that is no anchor: a weight 0 * 2^(z a). Not 0, whose
+# product with the -inf of a masked pair is NaN.
+_NO_ANCHOR = 1e-30
+
+
+class ContrastiveStats(NamedTuple):
+    """Detached statistics per anchor, each [M]."""
+
+    log_s_image: torch.Tensor  # log of the moving average after this visit
+    log_s_text: torch.Tensor
+    kl_image: torch.Tensor  # KL(softmax(S / tau) || uniform) over the negatives, in nats
+    kl_text: torch.Tensor
+
+
+def _fake_stats(image, text, row_a, column_a, positive, ids, mask, include_positive, keep):
+    m, n = image.shape[0], text.shape[0]
+    shape = (m, n) if keep else (0, 0)
+    return row_a.new_empty((5, m)), row_a.new_empty((5, n)), row_a.new_empty(shape)
+
+
+def _fake_grad(
+    image, text, similarity, rows, columns, positive, ids, mask, include_positive,
+    want_image, want_text,
+):  # fmt: skip
+    return (
+        rows.new_empty(image.shape if want_image else (0, 0)),
+        rows.new_empty(text.shape if want_text else (0, 0)),
+    )
+
+
+# The states of rows and columns of S = image text^T, which is returned where it is to be kept.
+# image [M, D], text [N, D]; row_a [M] and column_a [N] are log2(e) / tau in the accumulation dtype;
+# positive [M] int64, the column of each row's pair; ids [2, N] int32 or empty: two pairs that share
+# an id of either kind are not negatives of each other; mask [M, N] bool or empty: false where a
+# pair is no negative.
+_register.define(
+    "dro_contrastive_stats(Tensor image, Tensor text, Tensor row_a, Tensor column_a, "
+    "Tensor positive, Tensor ids, Tensor mask, bool include_positive, bool keep) "
+    "-> (Tensor, Tensor, Tensor)",
+    _fake_stats,
+    "dro_contrastive",
+    loop="_similarity",
+)
+# (W text, W^T image) with W_ij = q_i 2^(S_ij a_i - m_i) + q_j 2^(S_ij a_j - m_j), less total_i at
+# the positive. rows and columns: [4, M] and [4, N] of (a, m, q, total), total for rows only.
+_register.define(
+    "dro_contrastive_grad(Tensor image, Tensor text, Tensor similarity, Tensor rows, "
+    "Tensor columns, Tensor positive, Tensor ids, Tensor mask, bool include_positive, "
+    "bool want_image, bool want_text) -> (Tensor, Tensor)",
+    _fake_grad,
+    "dro_contrastive",
+    loop="_similarity",
+)
+# One tile of each; the states are updated in the order of the calls.
+_register.define(
+    "similarity_stats_(Tensor(a!) rows, Tensor(b!) columns, Tensor similarity, int row_begin, "
+    "int column_begin, Tensor row_a, Tensor column_a, Tensor positive, Tensor ids, Tensor mask, "
+    "bool include_positive) -> ()",
+    lambda *args: None,
+    "dro_contrastive",
+)
+_register.define(
+    "similarity_weights_(Tensor(a!) weights, Tensor similarity, int row_begin, int column_begin, "
+    "Tensor rows, Tensor columns, Tensor positive, Tensor ids, Tensor mask, "
+    "bool include_positive) -> ()",
+    lambda *args: None,
+    "dro_contrastive",
+)
+_register.load_native()
+
+
+def _op(name, backend):
+    return getattr(getattr(torch.ops.tempnet, name), backend)
+
+
+class _Anchors(NamedTuple):
+    """What one side's states give, per anchor."""
+
+    term: torch.Tensor  # tau (log(s/n) + rho)
+    log_s: torch.Tensor
+    kl: torch.Tensor
+    grad_tau: torch.Tensor  # k
+    q: torch.Tensor  # w_ij = q_i 2^(S_ij a_i - m_i)
+    total: torch.Tensor  # sum_j w_ij = g_i / s_i
+    live: torch.Tensor  # has a negative
+
+
+def _anchors(state, s_positive, a, tau, log_s_old, gamma, rho):
+    # In float64: these are B numbers, and m - S_ii a cancels.
+    m, s, sx, count = state.double()
+    live = count > 0
+    ln2 = math.log(2)
+    shift = m - s_positive.double() * a.double()
+    log_n = torch.log(count)
+    log2_s = torch.log2(s)
+    log_g = ln2 * (log2_s + shift)
+    entropy = (ln2 * (log2_s - sx / s)).clamp(min=0)
+    entropy = torch.minimum(entropy, log_n)
+    kl = log_n - entropy
+    old = log_s_old.double()
+    averaged = log_g + math.log(gamma)
+    if gamma < 1:
+        averaged = torch.logaddexp(old + math.log1p(-gamma), averaged)
+    log_s = torch.where(torch.isnan(old), log_g, averaged)
+    term = tau.double() * (log_s - log_n + rho)
+    behind = log_g - log_s  # exactly 0 for gamma = 1 and on a first visit
+    total = torch.exp(behind)
+    # log(s/n) + rho - sum_j w_ij h_ij / tau, without a difference of large numbers at behind = 0.
+    grad_tau = rho - kl - behind - torch.expm1(behind) * ln2 * (sx / s + shift)
+    bad = ~(tau > 0)
+    nan = math.nan
+
+    def choose(value, dead):
+        return torch.where(live, torch.where(bad, nan, value), dead)
+
+    return _Anchors(
+        term=choose(term, 0.0),
+        # What is not finite must not reach the state.
+        log_s=torch.where(live & torch.isfinite(log_s), log_s, old).to(tau.dtype),
+        kl=choose(kl, nan).to(tau.dtype),
+        grad_tau=choose(grad_tau, 0.0).to(tau.dtype),
+        q=choose(total / s, 0.0).to(tau.dtype),
+        total=choose(total, 0.0).to(tau.dtype),
+        live=live,
+    )
+
+
+class _DROContrastive(torch.autograd.Function):
+    """(image, text, tau_image [M], tau_text [M], ...) -> the value and, without a gradient, the
+    statistics and what the backward needs."""
+
+    @staticmethod
+    def forward(
+        image, text, tau_image, tau_text, log_s_image, log_s_text, positive, ids, mask,
+        rho, gamma, include_positive, keep, backend,
+    ):  # fmt: skip
+        m, n = image.shape[0], text.shape[0]
+        log2e = 1 / math.log(2)
+        row_a = log2e / tau_image  # (M,)
+        text_a = log2e / tau_text  # (M,)
+        column_a = torch.full_like(text_a[:1], _NO_ANCHOR).expand(n)
+        column_a = column_a.scatter(0, positive, text_a)  # (N,)
+        rows, columns, similarity = _op("dro_contrastive_stats", backend)(
+            image, text, row_a, column_a, positive, ids, mask, include_positive, keep
+        )
+        s_positive = rows[POSITIVE]
+        by_image = _anchors(rows[:4], s_positive, row_a, tau_image, log_s_image, gamma, rho)
+        of_texts = columns[:4, positive]
+        by_text = _anchors(of_texts, s_positive, text_a, tau_text, log_s_text, gamma, rho)
+
+        value = ((by_image.term + by_text.term).sum() / m).to(row_a.dtype)
+        total = by_image.total + by_text.total
+        row_parameters = torch.stack(
+            [
+                torch.where(by_image.live, row_a, _NO_ANCHOR),
+                torch.where(by_image.live, rows[M], 0),
+                by_image.q,
+                total,
+            ]
+        )  # (4, M)
+        of_texts = torch.stack(
+            [
+                torch.where(by_text.live, text_a, _NO_ANCHOR),
+                torch.where(by_text.live, of_texts[M], 0),
+                by_text.q,
+                torch.zeros_like(total),
+            ]
+        )
+        column_parameters = of_texts.new_zeros((4, n))
+        column_parameters[0] = _NO_ANCHOR
+        column_parameters = column_parameters.index_copy(1, positive, of_texts)  # (4, N)
+        return (
+            value, by_image.log_s, by_text.log_s, by_image.kl, by_text.kl,
+            by_image.grad_tau, by_text.grad_tau, row_parameters, column_parameters, similarity,
+        )  # fmt: skip
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        image, text, _, _, _, _, positive, ids, mask, _, _, ctx.include_positive, _, ctx.backend = (
+            inputs
+        )
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(image, text, positive, ids, mask, *output[5:])
+
+    @staticmethod
+    @_once_differentiable
+    def backward(ctx, grad_value, *_):
+        if grad_value is None:
+            return (None,) * 14
+        image, text, positive, ids, mask, k_image, k_text, rows, columns, similarity = (
+            ctx.saved_tensors
+        )
+        want = ctx.needs_input_grad
+        scale = grad_value / image.shape[0]
+        grad_image = grad_text = None
+        if want[0] or want[1]:
+            grads = _op("dro_contrastive_grad", ctx.backend)(
+                image, text, similarity, rows, columns, positive, ids, mask,
+                ctx.include_positive, want[0], want[1],
+            )  # fmt: skip
+            # In the accumulation dtype: a gradient of 1/B may underflow in float16 before it.
+            grad_image, grad_text = (
+                g.mul_(scale).to(x.dtype) if w else None
+                for g, x, w in zip(grads, (image, text), want[:2], strict=True)
+            )
+        grad_tau_image = k_image * scale if want[2] else None
+        grad_tau_text = k_text * scale if want[3] else None
+        return (grad_image, grad_text, grad_tau_image, grad_tau_text) + (None,) * 10
+
+
+def dro_contrastive(
+    image,
+    text,
+    tau_image,
+    tau_text,
+    rho=0.0,
+    *,
+    log_s_image=None,
+    log_s_text=None,
+    gamma=1.0,
+    include_positive=False,
+    image_ids=None,
+    text_ids=None,
+    negative_mask=None,
+    positive=None,
+    return_stats=False,
+    backend="auto",
+):
+    r"""Robust global contrastive loss with a temperature per anchor, in both directions.
+
+    With ``S = image @ text.T``, an image anchor i with its pair in column ``y = positive[i]`` has
+
+        g_i  = sum_{j != y} exp((S_ij - S_iy) / tau_i)
+        s_i  = (1 - gamma) * exp(log_s_image[i]) + gamma * g_i    (g_i where log_s_image[i] is NaN)
+        term = tau_i * (log(s_i / n_i) + rho)                     n_i: its number of negatives
+
+    and a text anchor the same over its column. The loss is the mean of the images' terms plus the
+    mean of the texts'. Its gradient is that of ``mean_i sum_j sg(w_ij) (S_ij - S_iy) + sg(k_i)
+    tau_i`` with ``w_ij = exp((S_ij - S_iy) / tau_i) / s_i``, ``k_i = log(s_i / n_i) + rho - sum_j
+    w_ij (S_ij - S_iy) / tau_i`` and sg a stop-gradient: at ``gamma=1`` the derivative of the loss,
+    otherwise the estimate that the moving average makes. With ``rho=0``, ``include_positive`` and
+    one temperature, CLIP's loss is ``loss / (2 tau) + log B``.
+
+    S is visited in tiles, once in the forward and once in the backward, and never held whole unless
+    it fits in 64 MiB. Sums are in float32 (float64 for float64 features) and in a fixed order:
+    equal input gives equal bits. On the CPU a visit needs a tile of 8 MiB and, for 16-bit features,
+    their float32 copies.
+
+    Args:
+        image: ``[M, D]`` features, float32, bfloat16 or float16 (float64 on the CPU); usually
+            normalised, which is not checked.
+        text: ``[N, D]`` features of the same dtype, N >= M. Columns that are no row's pair (a
+            memory bank, gathered features) are negatives of the images and get no term of their
+            own. To have more images than texts, exchange the two sides.
+        tau_image, tau_text: temperature > 0 of each image anchor and of each text anchor: a number,
+            a 0-d tensor or ``[M]`` in the order of the rows. A tensor gets a gradient.
+        rho: KL radius in nats, a number.
+        log_s_image, log_s_text: ``[M]`` logarithm of each anchor's moving average, NaN where there
+            is none yet. Default: a first visit of all.
+        gamma: weight of this batch in the moving average, in (0, 1].
+        include_positive: count the positive in g and n, as CLIP does.
+        image_ids, text_ids: ``[N]`` integers: two candidates with the same image id or the same
+            text id are not negatives of each other, in both directions.
+        negative_mask: ``[M, N]`` bool, False where a pair is known not to be a negative. The
+            positives' entries are not read.
+        positive: ``[M]`` integers, the column of each row's pair, all different. Default: column i
+            for row i.
+        return_stats: also return :class:`ContrastiveStats`.
+        backend: "auto", "native" (C++ on the CPU) or "reference" (PyTorch; holds S several times).
+
+    Returns:
+        The loss, 0-d float32 (float64 for float64 features); with ``return_stats`` the pair
+        ``(loss, ContrastiveStats)``. An anchor without negatives has loss 0, gradient 0, KL NaN,
+        and its ``log_s`` comes back as it was; so does one whose new value is not finite. The loss
+        of no pairs is NaN. A tensor of temperatures with a value that is not > 0 gives NaN.
+
+    Raises:
+        ValueError, TypeError: an argument is off; the message names it, what was expected and what
+            came.
+        IndexError: an entry of ``positive`` outside [0, N), in CPU tensors.
+        RuntimeError: the backend is not available here.
+
+    Source: arXiv 2404.04575, section 4; official code
+    ``Bimodal-CL/models/losses.py``.
+    """
+    name = "dro_contrastive"
+    _check_features(name, image, text)
+    m, n = image.shape[0], text.shape[0]
+    acc = accumulation_dtype(image.dtype)
+    if not 0 < gamma <= 1:
+        raise ValueError(f"{name}: gamma must be in (0, 1], got {gamma}")
+    if not math.isfinite(rho):
+        raise ValueError(f"{name}: rho must be finite, got {rho}")
+    device = image.device
+    chosen = _register.pick(name, "similarity_stats_", backend, AUTO, device)
+
+    tau_image = _per_anchor(name, "tau_image", tau_image, m, device, acc)
+    tau_text = _per_anchor(name, "tau_text", tau_text, m, device, acc)
+    log_s_image = _log_s(name, "log_s_image", log_s_image, m, device, acc)
+    log_s_text = _log_s(name, "log_s_text", log_s_text, m, device, acc)
+    positive = _positive(name, positive, m, n, device)
+    ids = _ids(name, image_ids, text_ids, n, device)
+    mask = _negative_mask(name, negative_mask, m, n, device)
+
+    track = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
+    keep = track and m * n * acc.itemsize <= KEEP_BYTES
+    value, *stats = _DROContrastive.apply(
+        image, text, tau_image, tau_text, log_s_image, log_s_text, positive, ids, mask,
+        float(rho), float(gamma), bool(include_positive), keep, chosen,
+    )  # fmt: skip
+    return (value, ContrastiveStats(*stats[:4])) if return_stats else value
+
+
+def _check_features(name, image, text):
+    for argument, value in (("image", image), ("text", text)):
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name}: {argument} must be a tensor, got {type(value).__name__}")
+        if value.dim() != 2:
+            raise ValueError(f"{name}: {argument} must have 2 dimensions, got {value.dim()}")
+        if value.dtype not in _DTYPES:
+            raise TypeError(
+                f"{name}: {argument} must be float32, bfloat16, float16 or float64, "
+                f"got {value.dtype}"
+            )
+    if text.dtype != image.dtype:
+        raise TypeError(f"{name}: text must be of image's {image.dtype}, got {text.dtype}")
+    if text.device != image.device:
+        raise ValueError(f"{name}: text must be on {image.device}, got {text.device}")
+    if text.shape[1] != image.shape[1] or text.shape[0] < image.shape[0]:
+        raise ValueError(
+            f"{name}: text must have shape (N, {image.shape[1]}) with N >= {image.shape[0]}, "
+            f"got {tuple(text.shape)}"
+        )
+
+
+def _per_anchor(name, argument, tau, m, device, acc):
+    if not isinstance(tau, torch.Tensor):
+        if not 0 < tau < math.inf:
+            raise ValueError(f"{name}: {argument} must be a finite number > 0, got {tau}")
+        return torch.full((m,), tau, dtype=acc, device=device)
+    if not tau.dtype.is_floating_point:
+        raise TypeError(f"{name}: {argument} must be of a floating-point dtype, got {tau.dtype}")
+    _check_like(name, argument, tau, () if tau.dim() == 0 else (m,), device)
+    return tau.to(acc).expand(m)
+
+
+def _log_s(name, argument, log_s, m, device, acc):
+    if log_s is None:
+        return torch.full((m,), math.nan, dtype=acc, device=device)
+    if not isinstance(log_s, torch.Tensor) or not log_s.dtype.is_floating_point:
+        raise TypeError(f"{name}: {argument} must be a tensor of a floating-point dtype")
+    _check_like(name, argument, log_s, (m,), device)
+    return log_s.detach().to(acc)
+
+
+def _check_integers(name, argument, tensor, shape, device):
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name}: {argument} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+        raise TypeError(f"{name}: {argument} must be of an integer dtype, got {tensor.dtype}")
+    _check_like(name, argument, tensor, shape, device)
+
+
+def _positive(name, positive, m, n, device):
+    if positive is None:
+        return torch.arange(m, device=device)
+    _check_integers(name, "positive", positive, (m,), device)
+    positive = positive.long().contiguous()
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        outside = (positive < 0) | (positive >= n)
+        if outside.any():
+            row = int(outside.nonzero()[0])
+            raise IndexError(
+                f"{name}: positive[{row}] must be in [0, {n}), got {int(positive[row])}"
+            )
+        if positive.unique().numel() < m:
+            raise ValueError(f"{name}: positive must hold {m} different columns")
+    return positive
+
+
+def _ids(name, image_ids, text_ids, n, device):
+    """[2, N] int32 ranks of the ids: equal where the ids are; empty where no two are equal."""
+    given = []
+    for argument, ids in (("image_ids", image_ids), ("text_ids", text_ids)):
+        if ids is not None:
+            _check_integers(name, argument, ids, (n,), device)
+            ids = ids.long()
+            given.append(torch.searchsorted(ids.sort().values, ids).int())
+    empty = torch.empty((0, n), dtype=torch.int32, device=device)
+    if not given:
+        return empty
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        # On a GPU this would wait for it.
+        if all(ids.unique().numel() == n for ids in given):
+            return empty
+    return torch.stack([given[0], given[-1]])
+
+
+def _negative_mask(name, mask, m, n, device):
+    if mask is None:
+        return torch.empty((0, n), dtype=torch.bool, device=device)
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        raise TypeError(
+            f"{name}: negative_mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask))}"
+        )
+    _check_like(name, "negative_mask", mask, (m, n), device)
+    return mask if mask.stride(1) == 1 or n < 2 else mask.contiguous()
