@@ -14,6 +14,7 @@ import torch
 BACKENDS = ("native", "triton", "reference")
 
 _library = torch.library.Library("tempnet", "DEF")
+_modules = {}
 _python_devices = {"triton": ("CUDA", "CPU"), "reference": ("CUDA", "CPU")}
 
 
@@ -26,6 +27,7 @@ def define(schema, fake, module, loop=None):
     the arguments: a loop around matrix products and smaller operators of that backend.
     """
     name, rest = schema.split("(", 1)
+    _modules[name] = module
     for backend in BACKENDS:
         op = f"{name}.{backend}"
         _library.define(f"{op}({rest}")
@@ -78,6 +80,8 @@ def missing(op, backend, device):
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"tempnet::{op}.native", key):
             return None
         if device == "cuda":
+            if importlib.util.find_spec("tempnet_kernels._C_cuda") is not None:
+                return "it has no CUDA kernels: use backend='reference'"
             return (
                 "the CUDA extension is not built: with nvcc and a torch with CUDA, run "
                 "`pip install --no-build-isolation -e .` in the repository"
@@ -87,6 +91,8 @@ def missing(op, backend, device):
             "run `pip install --no-build-isolation -e .` in the repository"
         )
     if backend == "triton":
+        if importlib.util.find_spec(f"tempnet_kernels.triton.{_modules[op]}") is None:
+            return "it has no Triton kernels: use backend='reference'"
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed: run `pip install triton`"
         if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":

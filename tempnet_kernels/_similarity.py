@@ -5,14 +5,14 @@ import torch
 
 # Bytes of a tile of similarities in the accumulation dtype. On the CPU a tile and its operands stay
 # in the last-level cache between the product and the elementwise kernel.
-TILE_BYTES = {"cpu": 8 << 20, "cuda": 256 << 20}
+TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 # Rows of a tile: a product with fewer is bound by the reading of the other operand.
 TILE_ROWS = {"cpu": 1024, "cuda": 4096}
 
 
 def _tiles(m, n, device, itemsize):
     """(rows, columns) of every tile as slices, row after row."""
-    height = min(m, TILE_ROWS[device])
+    height = max(1, min(m, TILE_ROWS[device]))
     width = min(n, max(512, TILE_BYTES[device] // (itemsize * height) // 512 * 512))
     for i in range(0, m, height):
         for j in range(0, n, width):

@@ -279,7 +279,7 @@ def dro_contrastive(
 
     S is visited in tiles, once in the forward and once in the backward, and never held whole unless
     it fits in 64 MiB. Sums are in float32 (float64 for float64 features) and in a fixed order:
-    equal input gives equal bits. On the CPU a visit needs a tile of 8 MiB and, for 16-bit features,
+    equal input gives equal bits. On the CPU a visit needs a tile of 4 MiB and, for 16-bit features,
     their float32 copies.
 
     Args:
@@ -425,10 +425,9 @@ def _ids(name, image_ids, text_ids, n, device):
     empty = torch.empty((0, n), dtype=torch.int32, device=device)
     if not given:
         return empty
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        # On a GPU this would wait for it.
-        if all(ids.unique().numel() == n for ids in given):
-            return empty
+    readable = device.type == "cpu" and not torch.compiler.is_compiling()  # without waiting for it
+    if readable and all(ids.unique().numel() == n for ids in given):
+        return empty
     return torch.stack([given[0], given[-1]])
 
 

@@ -240,9 +240,9 @@ void run_stats(const Tile<T>& tile, const Tensor& rows, const Tensor& columns, c
     const T* p = partial.data() + strip * kFields * tile.rows;
     for (int64_t r = 0; r < tile.rows; ++r) {
       const auto field = [&](Field f) { return p[f * tile.rows + r]; };
-      const RowState<T> merged = merge(RowState<T>{out[kM * m + r], out[kS * m + r],
-                                                   out[kSx * m + r]},
-                                       RowState<T>{field(kM), field(kS), field(kSx)});
+      const RowState<T> merged =
+          merge(RowState<T>{out[kM * m + r], out[kS * m + r], out[kSx * m + r]},
+                RowState<T>{field(kM), field(kS), field(kSx)});
       out[kM * m + r] = merged.m;
       out[kS * m + r] = merged.s;
       out[kSx * m + r] = merged.sx;
@@ -292,9 +292,9 @@ void similarity_stats_(Tensor rows, Tensor columns, Tensor similarity, int64_t r
   });
 }
 
-void similarity_weights_(Tensor weights, Tensor similarity, int64_t row_begin,
-                         int64_t column_begin, Tensor row_parameters, Tensor column_parameters,
-                         Tensor positive, Tensor ids, Tensor mask, bool include_positive) {
+void similarity_weights_(Tensor weights, Tensor similarity, int64_t row_begin, int64_t column_begin,
+                         Tensor row_parameters, Tensor column_parameters, Tensor positive,
+                         Tensor ids, Tensor mask, bool include_positive) {
   for_dtype(similarity, [&](auto zero) {
     run_weights(tile_of<decltype(zero)>(similarity, row_begin, column_begin, positive, ids, mask,
                                         column_parameters.size(1), include_positive),

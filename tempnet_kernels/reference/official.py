@@ -2,6 +2,7 @@
 
 import math
 
+import torch
 import torch.nn.functional as F
 
 
@@ -19,3 +20,38 @@ def official_cross_entropy(logits, target, tau, rho):
         logits.reshape(-1, v) / tau, target.reshape(-1), reduction="none"
     )
     return (tau[:, 0] * cross_entropy + (rho - math.log(v)) * tau[:, 0]).mean()
+
+
+def official_contrastive(image, text, tau_image, tau_text, rho, gamma, state, ids, epoch):
+    """Contrastive loss of the official code, features ``[B, D]`` and temperatures ``[B]``.
+
+    Its gradients are those of :func:`tempnet_kernels.dro_contrastive` as long as every sample was
+    visited in epoch 0 and no ``s`` underflows; its value is not the loss, but a number with that
+    gradient. Updates ``state``, a dict of ``s_I``, ``b_I``, ``s_T`` and ``b_T`` (zeros at first),
+    at the samples ``ids``.
+
+    Source: ``Bimodal-CL/models/losses.py``, class ``iSogCLR_New_Loss`` with a TempNet.
+    """
+    b = image.shape[0]
+    similarity = image @ text.T
+    positive = similarity.diagonal()
+    negatives = 1 - torch.eye(b, dtype=image.dtype, device=image.device)
+    total = 0
+    for side, tau, diff in (
+        ("I", tau_image, similarity - positive[:, None]),
+        ("T", tau_text, (similarity - positive[None, :]).T),
+    ):
+        scaled = (diff / tau[:, None]).detach()
+        old_b = state[f"b_{side}"][ids]
+        new_b = torch.maximum(scaled, old_b[:, None]).amax(1)
+        e = torch.exp(scaled - new_b[:, None]) * negatives
+        s = e.sum(1)
+        if epoch > 0:
+            s = (1 - gamma) * state[f"s_{side}"][ids] * torch.exp(old_b - new_b) + gamma * s
+        state[f"s_{side}"][ids] = s
+        state[f"b_{side}"][ids] = new_b
+        s = s.clamp(min=1e-14)
+        w = e / s[:, None]
+        k = torch.log(s / (b - 1)) + new_b + rho - (w * scaled).sum(1)
+        total = total + (w * diff).sum(1).mean() + (k * tau).mean()
+    return total
