@@ -17,30 +17,51 @@ import typer
 
 OURS = "tempnet_kernels"
 COPY = "copy of the logits"
+# What every time of an operator is compared with.
+LIMITS = {"dro_cross_entropy": COPY, "dro_contrastive": "four matrix products"}
 
 
 def table(info):
-    """A Markdown table of one shape: medians, their spread, ratios to ours and to the copy, peak
+    """A Markdown table of one shape: medians, their spread, ratios to ours and to the limit, peak
     memory."""
+    limit = LIMITS[info["op"]]
+    peaks = info.get("peak_extra_mib", {})  # a run may have timed only
+    shape = f"D = {info['d']}" if "d" in info else f"V = {info['v']}"
+    size = f" (logits {info['logits_mib']:.0f} MiB)" if "logits_mib" in info else ""
     medians = {name: median(times) for name, times in info["time_ms"].items()}
     lines = [
-        f"\n**{info['op']}, N = {info['n']}, V = {info['v']}, {info['dtype']}** "
-        f"(logits {info['logits_mib']:.0f} MiB)\n",
-        "| | median ms | min to max | ours is faster by | x copy | extra peak MiB |",
+        f"\n**{info['op']}, N = {info['n']}, {shape}, {info['dtype']}**{size}\n",
+        f"| | median ms | min to max | ours is faster by | x {limit} | extra peak MiB |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, times in sorted(info["time_ms"].items(), key=lambda item: -medians[item[0]]):
         lines.append(
             f"| {name} | {medians[name]:.4g} | {min(times):.4g} to {max(times):.4g} | "
-            f"{medians[name] / medians[OURS]:.2f} | {medians[name] / medians[COPY]:.2f} | "
-            f"{info['peak_extra_mib'][name]:.1f} |"
+            f"{medians[name] / medians[OURS]:.2f} | {medians[name] / medians[limit]:.2f} | "
+            f"{peaks.get(name, math.nan):.1f} |"
         )
-    for name in info["peak_extra_mib"].keys() - medians.keys():
-        lines.append(f"| {name} | | | | | {info['peak_extra_mib'][name]:.1f} |")
+    for name in peaks.keys() - medians.keys():
+        lines.append(f"| {name} | | | | | {peaks[name]:.1f} |")
     return "\n".join(lines)
 
 
-def picture(infos, path):
+def contrastive_picture(infos, path):
+    """Time and peak memory against the batch."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
+    batches = [x["n"] for x in infos]
+    for name in infos[0]["time_ms"]:
+        axes[0].plot(batches, [median(x["time_ms"][name]) for x in infos], "o-", label=name)
+        if "peak_extra_mib" in infos[0]:
+            axes[1].plot(batches, [x["peak_extra_mib"][name] for x in infos], "o-", label=name)
+    for axis, label in zip(axes, ("time, ms", "extra peak memory, MiB"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel=f"B (D = {infos[0]['d']})", ylabel=label)
+        axis.set_xticks(batches, batches)
+    axes[0].legend(frameon=False)
+    figure.suptitle(infos[0]["environment"]["device"])
+    figure.savefig(path, dpi=130)
+
+
+def token_picture(infos, path):
     infos = [x for x in infos if x["n"] >= 512]
     names = [OURS, COPY, *(n for n in infos[0]["time_ms"] if n not in (OURS, COPY))]
     figure, axis = plt.subplots(figsize=(12, 4.5))
@@ -60,12 +81,15 @@ def picture(infos, path):
 
 
 def main(path: Annotated[Path, typer.Argument(help="JSON written by pytest-benchmark.")]):
-    """Write FILE.md and FILE.png beside FILE.json, and print the tables."""
+    """Write FILE.md and a picture of every operator beside FILE.json, and print the tables."""
     infos = [b["extra_info"] for b in json.loads(path.read_text())["benchmarks"]]
     environment = ", ".join(f"{k} {v}" for k, v in infos[0]["environment"].items())
     text = "\n".join([environment, *map(table, infos)]) + "\n"
     path.with_suffix(".md").write_text(text)
-    picture(infos, path.with_suffix(".png"))
+    for op, draw in (("dro_cross_entropy", token_picture), ("dro_contrastive", contrastive_picture)):
+        of_op = [x for x in infos if x["op"] == op]
+        if of_op:
+            draw(of_op, path.with_name(f"{path.stem}.{op}.png"))
     print(text)
 
 

@@ -8,7 +8,14 @@ from rich.console import Console
 from rich.table import Table
 
 from tempnet_kernels import _register
+from tempnet_kernels.dro_contrastive import AUTO as DRO_CONTRASTIVE_AUTO
 from tempnet_kernels.dro_cross_entropy import AUTO as DRO_CROSS_ENTROPY_AUTO
+
+# Each public op: the operator whose kernels decide what can run, and the order of "auto".
+OPS = {
+    "dro_cross_entropy": ("dro_cross_entropy_fwd", DRO_CROSS_ENTROPY_AUTO),
+    "dro_contrastive": ("similarity_stats_", DRO_CONTRASTIVE_AUTO),
+}
 
 app = typer.Typer(help="Kernels for losses with a learned temperature.", no_args_is_help=True)
 
@@ -43,12 +50,12 @@ def env():
         table.add_column(column)
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     missing = {}
-    for op, auto in {"dro_cross_entropy": DRO_CROSS_ENTROPY_AUTO}.items():
+    for op, (operator, auto) in OPS.items():
         for device in devices:
-            chosen = _register.auto_backend(f"{op}_fwd", auto, device)
+            chosen = _register.auto_backend(operator, auto, device)
             cells = []
             for backend in _register.BACKENDS:
-                reason = _register.missing(f"{op}_fwd", backend, device)
+                reason = _register.missing(operator, backend, device)
                 if reason is not None:
                     missing[f"{op}, {device}, {backend}"] = reason
                 word = "missing" if reason else "yes"
