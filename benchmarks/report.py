@@ -86,7 +86,10 @@ def main(path: Annotated[Path, typer.Argument(help="JSON written by pytest-bench
     environment = ", ".join(f"{k} {v}" for k, v in infos[0]["environment"].items())
     text = "\n".join([environment, *map(table, infos)]) + "\n"
     path.with_suffix(".md").write_text(text)
-    for op, draw in (("dro_cross_entropy", token_picture), ("dro_contrastive", contrastive_picture)):
+    for op, draw in (
+        ("dro_cross_entropy", token_picture),
+        ("dro_contrastive", contrastive_picture),
+    ):
         of_op = [x for x in infos if x["op"] == op]
         if of_op:
             draw(of_op, path.with_name(f"{path.stem}.{op}.png"))
