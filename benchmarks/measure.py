@@ -1,5 +1,6 @@
 """Time and peak memory of functions that do the same work."""
 
+import ctypes
 import gc
 import platform
 import subprocess
@@ -47,6 +48,8 @@ def peak_extra_mib(function):
     status = Path("/proc/self/status")
     if not status.exists():
         raise RuntimeError("peak_extra_mib: needs /proc/self/status (Linux) or a GPU")
+    # The allocator keeps what earlier calls freed, and would lend it without a trace.
+    ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
     before = _field(status, "VmRSS")
     result = function()

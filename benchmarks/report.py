@@ -25,7 +25,7 @@ def table(info):
     """A Markdown table of one shape: medians, their spread, ratios to ours and to the limit, peak
     memory."""
     limit = LIMITS[info["op"]]
-    peaks = info.get("peak_extra_mib", {})  # a run may have timed only
+    peaks = info["peak_extra_mib"]
     shape = f"D = {info['d']}" if "d" in info else f"V = {info['v']}"
     size = f" (logits {info['logits_mib']:.0f} MiB)" if "logits_mib" in info else ""
     medians = {name: median(times) for name, times in info["time_ms"].items()}
@@ -51,8 +51,7 @@ def contrastive_picture(infos, path):
     batches = [x["n"] for x in infos]
     for name in infos[0]["time_ms"]:
         axes[0].plot(batches, [median(x["time_ms"][name]) for x in infos], "o-", label=name)
-        if "peak_extra_mib" in infos[0]:
-            axes[1].plot(batches, [x["peak_extra_mib"][name] for x in infos], "o-", label=name)
+        axes[1].plot(batches, [x["peak_extra_mib"][name] for x in infos], "o-", label=name)
     for axis, label in zip(axes, ("time, ms", "extra peak memory, MiB"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel=f"B (D = {infos[0]['d']})", ylabel=label)
         axis.set_xticks(batches, batches)
@@ -92,7 +91,7 @@ def main(path: Annotated[Path, typer.Argument(help="JSON written by pytest-bench
     ):
         of_op = [x for x in infos if x["op"] == op]
         if of_op:
-            draw(of_op, path.with_name(f"{path.stem}.{op}.png"))
+            draw(of_op, path.with_suffix(".png" if len(of_op) == len(infos) else f".{op}.png"))
     print(text)
 
 

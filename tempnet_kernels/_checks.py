@@ -1,4 +1,9 @@
-"""Checks that every Python backend makes."""
+"""Checks that several functions make."""
+
+import functools
+import math
+
+import torch
 
 
 def check_target(target, vocab_size, ignore_index):
@@ -13,3 +18,54 @@ def check_target(target, vocab_size, ignore_index):
             f"dro_cross_entropy: target[{row}] must be in [0, {vocab_size}) or "
             f"ignore_index={ignore_index}, got {int(target[row])}"
         )
+
+
+def check_like(function, argument, tensor, shape, device):
+    if tuple(tensor.shape) != shape:
+        raise ValueError(
+            f"{function}: {argument} must have shape {shape}, got {tuple(tensor.shape)}"
+        )
+    if tensor.device != device:
+        raise ValueError(f"{function}: {argument} must be on {device}, got {tensor.device}")
+
+
+def temperatures(function, argument, tau, shape, device, dtype):
+    """``tau``, a number, a 0-d tensor or one of ``shape``, as ``[n]`` in ``dtype``."""
+    n = math.prod(shape)
+    if not isinstance(tau, torch.Tensor):
+        if not 0 < tau < math.inf:
+            raise ValueError(f"{function}: {argument} must be a finite number > 0, got {tau}")
+        return torch.full((), tau, dtype=dtype, device=device).expand(n)
+    if not tau.dtype.is_floating_point:
+        raise TypeError(
+            f"{function}: {argument} must be of a floating-point dtype, got {tau.dtype}"
+        )
+    if tau.dim() == 0:
+        check_like(function, argument, tau, (), device)
+        return tau.to(dtype).expand(n)
+    check_like(function, argument, tau, shape, device)
+    return tau.to(dtype).reshape(-1)
+
+
+def once_differentiable(function):
+    """A decorator of the backward of ``function``: torch's of that name lets
+    ``create_graph=True`` pass where the upstream gradient is a constant."""
+
+    def decorate(backward):
+        first_order = torch.autograd.function.once_differentiable(backward)
+
+        @functools.wraps(backward)
+        def checked(ctx, *grads):
+            if not torch.compiler.is_compiling() and torch.is_grad_enabled():
+                # torch.func.grad always asks for a graph; only a second level of it would use one.
+                level = torch._C._functorch.maybe_current_level()
+                if level is None or level > 1:
+                    raise RuntimeError(
+                        f"{function}: there is no second derivative (create_graph=True or nested "
+                        "torch.func transforms)"
+                    )
+            return first_order(ctx, *grads)
+
+        return checked
+
+    return decorate

@@ -14,9 +14,11 @@ def _tiles(m, n, device, itemsize):
     """(rows, columns) of every tile as slices, row after row."""
     height = max(1, min(m, TILE_ROWS[device]))
     width = min(n, max(512, TILE_BYTES[device] // (itemsize * height) // 512 * 512))
-    for i in range(0, m, height):
-        for j in range(0, n, width):
-            yield slice(i, min(m, i + height)), slice(j, min(n, j + width))
+    return [
+        (slice(i, min(m, i + height)), slice(j, min(n, j + width)))
+        for i in range(0, m, height)
+        for j in range(0, n, width)
+    ]
 
 
 def _op(name, backend):
@@ -31,14 +33,10 @@ def dro_contrastive_stats(
     rows, columns = row_a.new_zeros((5, m)), row_a.new_zeros((5, n))
     rows[0], columns[0] = -1e30, -1e30
     similarity = row_a.new_empty((m, n) if keep else (0, 0))
-    buffer = None
-    for r, c in _tiles(m, n, image.device.type, row_a.itemsize):
-        if keep:
-            tile = similarity[r, c]
-        else:
-            if buffer is None:
-                buffer = row_a.new_empty((r.stop - r.start) * (c.stop - c.start))
-            tile = _view(buffer, r, c)
+    tiles = _tiles(m, n, image.device.type, row_a.itemsize)
+    buffer = None if keep else _buffer(row_a, tiles)
+    for r, c in tiles:
+        tile = similarity[r, c] if keep else _view(buffer, r, c)
         torch.mm(image[r], text[c].T, out=tile)
         _op("similarity_stats_", backend)(
             rows, columns, tile, r.start, c.start, row_a, column_a, positive, ids, mask,
@@ -58,10 +56,9 @@ def dro_contrastive_grad(
     image, text = image.to(rows.dtype), text.to(rows.dtype)
     grad_image = rows.new_zeros(image.shape if want_image else (0, 0))
     grad_text = rows.new_zeros(text.shape if want_text else (0, 0))
-    buffer = None
-    for r, c in _tiles(m, n, image.device.type, rows.itemsize):
-        if buffer is None:
-            buffer = rows.new_empty((r.stop - r.start) * (c.stop - c.start))
+    tiles = _tiles(m, n, image.device.type, rows.itemsize)
+    buffer = _buffer(rows, tiles)
+    for r, c in tiles:
         weights = _view(buffer, r, c)
         if similarity.numel():
             tile = similarity[r, c]
@@ -75,6 +72,12 @@ def dro_contrastive_grad(
         if want_text:
             grad_text[c].addmm_(weights.T, image[r])
     return grad_image, grad_text
+
+
+def _buffer(like, tiles):
+    """Room for the first tile, which is the largest."""
+    r, c = tiles[0] if tiles else (slice(0, 0), slice(0, 0))
+    return like.new_empty((r.stop - r.start) * (c.stop - c.start))
 
 
 def _view(buffer, r, c):

@@ -19,7 +19,8 @@ from typing import NamedTuple
 import torch
 
 from tempnet_kernels import _register
-from tempnet_kernels.dro_cross_entropy import _check_like, _once_differentiable, accumulation_dtype
+from tempnet_kernels._checks import check_like, once_differentiable, temperatures
+from tempnet_kernels.dro_cross_entropy import accumulation_dtype
 
 AUTO = {"cpu": ("native",), "cuda": ("native", "triton")}
 
@@ -219,7 +220,7 @@ class _DROContrastive(torch.autograd.Function):
         ctx.save_for_backward(image, text, positive, ids, mask, *output[5:])
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable("dro_contrastive")
     def backward(ctx, grad_value, *_):
         if grad_value is None:
             return (None,) * 14
@@ -316,8 +317,7 @@ def dro_contrastive(
         IndexError: an entry of ``positive`` outside [0, N), in CPU tensors.
         RuntimeError: the backend is not available here.
 
-    Source: arXiv 2404.04575, section 4; official code
-    ``Bimodal-CL/models/losses.py``.
+    Source: arXiv 2404.04575; official code ``Bimodal_CL/models/losses.py``.
     """
     name = "dro_contrastive"
     _check_features(name, image, text)
@@ -330,8 +330,8 @@ def dro_contrastive(
     device = image.device
     chosen = _register.pick(name, "similarity_stats_", backend, AUTO, device)
 
-    tau_image = _per_anchor(name, "tau_image", tau_image, m, device, acc)
-    tau_text = _per_anchor(name, "tau_text", tau_text, m, device, acc)
+    tau_image = temperatures(name, "tau_image", tau_image, (m,), device, acc)
+    tau_text = temperatures(name, "tau_text", tau_text, (m,), device, acc)
     log_s_image = _log_s(name, "log_s_image", log_s_image, m, device, acc)
     log_s_text = _log_s(name, "log_s_text", log_s_text, m, device, acc)
     positive = _positive(name, positive, m, n, device)
@@ -369,23 +369,12 @@ def _check_features(name, image, text):
         )
 
 
-def _per_anchor(name, argument, tau, m, device, acc):
-    if not isinstance(tau, torch.Tensor):
-        if not 0 < tau < math.inf:
-            raise ValueError(f"{name}: {argument} must be a finite number > 0, got {tau}")
-        return torch.full((m,), tau, dtype=acc, device=device)
-    if not tau.dtype.is_floating_point:
-        raise TypeError(f"{name}: {argument} must be of a floating-point dtype, got {tau.dtype}")
-    _check_like(name, argument, tau, () if tau.dim() == 0 else (m,), device)
-    return tau.to(acc).expand(m)
-
-
 def _log_s(name, argument, log_s, m, device, acc):
     if log_s is None:
         return torch.full((m,), math.nan, dtype=acc, device=device)
     if not isinstance(log_s, torch.Tensor) or not log_s.dtype.is_floating_point:
         raise TypeError(f"{name}: {argument} must be a tensor of a floating-point dtype")
-    _check_like(name, argument, log_s, (m,), device)
+    check_like(name, argument, log_s, (m,), device)
     return log_s.detach().to(acc)
 
 
@@ -394,7 +383,7 @@ def _check_integers(name, argument, tensor, shape, device):
         raise TypeError(f"{name}: {argument} must be a tensor, got {type(tensor).__name__}")
     if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
         raise TypeError(f"{name}: {argument} must be of an integer dtype, got {tensor.dtype}")
-    _check_like(name, argument, tensor, shape, device)
+    check_like(name, argument, tensor, shape, device)
 
 
 def _positive(name, positive, m, n, device):
@@ -416,18 +405,17 @@ def _positive(name, positive, m, n, device):
 
 def _ids(name, image_ids, text_ids, n, device):
     """[2, N] int32 ranks of the ids: equal where the ids are; empty where no two are equal."""
-    given = []
+    given, repeated = [], False
+    readable = device.type == "cpu" and not torch.compiler.is_compiling()  # without waiting for it
     for argument, ids in (("image_ids", image_ids), ("text_ids", text_ids)):
         if ids is not None:
             _check_integers(name, argument, ids, (n,), device)
             ids = ids.long()
-            given.append(torch.searchsorted(ids.sort().values, ids).int())
-    empty = torch.empty((0, n), dtype=torch.int32, device=device)
-    if not given:
-        return empty
-    readable = device.type == "cpu" and not torch.compiler.is_compiling()  # without waiting for it
-    if readable and all(ids.unique().numel() == n for ids in given):
-        return empty
+            ordered = ids.sort().values
+            repeated |= not readable or bool((ordered[1:] == ordered[:-1]).any())
+            given.append(torch.searchsorted(ordered, ids).int())
+    if not repeated:
+        return torch.empty((0, n), dtype=torch.int32, device=device)
     return torch.stack([given[0], given[-1]])
 
 
@@ -438,5 +426,5 @@ def _negative_mask(name, mask, m, n, device):
         raise TypeError(
             f"{name}: negative_mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask))}"
         )
-    _check_like(name, "negative_mask", mask, (m, n), device)
+    check_like(name, "negative_mask", mask, (m, n), device)
     return mask if mask.stride(1) == 1 or n < 2 else mask.contiguous()

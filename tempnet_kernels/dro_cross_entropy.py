@@ -11,13 +11,13 @@ Qiu et al., "To Cool or not to Cool? Temperature Network Meets Large Foundation 
 ICML 2024.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
 import torch
 
 from tempnet_kernels import _register
+from tempnet_kernels._checks import check_like, once_differentiable, temperatures
 
 # What backend="auto" takes per device type: the first that is built. On an H100 native is the
 # faster from V = 8192 on (benchmarks/results/h100/, benchmarks/NOTES.md).
@@ -114,26 +114,6 @@ def _op(name, backend):
     return getattr(getattr(torch.ops.tempnet, name), backend)
 
 
-def _once_differentiable(backward):
-    """torch's decorator of that name lets ``create_graph=True`` pass where the upstream gradient
-    is a constant."""
-    first_order = torch.autograd.function.once_differentiable(backward)
-
-    @functools.wraps(backward)
-    def checked(ctx, *grads):
-        if not torch.compiler.is_compiling() and torch.is_grad_enabled():
-            # torch.func.grad always asks for a graph; only a second level of it would use one.
-            level = torch._C._functorch.maybe_current_level()
-            if level is None or level > 1:
-                raise RuntimeError(
-                    "dro_cross_entropy: there is no second derivative (create_graph=True or nested "
-                    "torch.func transforms)"
-                )
-        return first_order(ctx, *grads)
-
-    return checked
-
-
 class _DROCrossEntropy(torch.autograd.Function):
     """(logits [N, V], tau [N], scale [N]) -> scale * loss [N], and rows and argmax without a
     gradient."""
@@ -156,7 +136,7 @@ class _DROCrossEntropy(torch.autograd.Function):
         ctx.save_for_backward(wide, target, tau, scale, rows)
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable("dro_cross_entropy")
     def backward(ctx, grad_loss, *_):
         wide, target, tau, scale, rows = ctx.saved_tensors
         if grad_loss is None:
@@ -203,7 +183,7 @@ class _DROCrossEntropyOverwrite(torch.autograd.Function):
         ctx.save_for_backward(base, scale, rows)
 
     @staticmethod
-    @_once_differentiable
+    @once_differentiable("dro_cross_entropy")
     def backward(ctx, grad_loss, _rows, _argmax, grad_base):
         # The tracer of torch.compile feeds every output a gradient, used or not.
         if grad_base is not None and not torch.compiler.is_compiling():
@@ -316,7 +296,7 @@ def dro_cross_entropy(
 
     rows_target = target.reshape(-1)  # (N,)
     n = rows_target.shape[0]
-    rows_tau = _rows_of_tau(name, tau, target, logits, acc)  # (N,)
+    rows_tau = temperatures(name, "tau", tau, tuple(target.shape), logits.device, acc)  # (N,)
     scale, total = _row_scale(
         rows_target, row_weight, normalizer, ignore_index, reduction, acc
     )  # (N,), 0-d or None
@@ -361,13 +341,13 @@ def _check_arguments(
         )
     if target.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: target must be int64 or int32, got {target.dtype}")
-    _check_like(name, "target", target, tuple(logits.shape[:-1]), logits.device)
+    check_like(name, "target", target, tuple(logits.shape[:-1]), logits.device)
     if row_weight is not None:
         if not isinstance(row_weight, torch.Tensor):
             raise TypeError(f"{name}: row_weight must be a tensor, got {type(row_weight).__name__}")
         if row_weight.dtype.is_complex:
             raise TypeError(f"{name}: row_weight must be real, got {row_weight.dtype}")
-        _check_like(name, "row_weight", row_weight, tuple(target.shape), logits.device)
+        check_like(name, "row_weight", row_weight, tuple(target.shape), logits.device)
     if reduction not in _REDUCTIONS:
         raise ValueError(f"{name}: reduction must be one of {_REDUCTIONS}, got {reduction!r}")
     if normalizer is not None:
@@ -376,7 +356,7 @@ def _check_arguments(
                 f"{name}: normalizer needs reduction='mean', got reduction={reduction!r}"
             )
         if isinstance(normalizer, torch.Tensor):
-            _check_like(name, "normalizer", normalizer, (), logits.device)
+            check_like(name, "normalizer", normalizer, (), logits.device)
             if normalizer.requires_grad:
                 raise ValueError(f"{name}: normalizer must be detached, got one with a gradient")
         elif not 0 <= normalizer < math.inf:
@@ -385,28 +365,6 @@ def _check_arguments(
         raise ValueError(f"{name}: label_smoothing must be in [0, 1], got {label_smoothing}")
     if not 0 <= z_loss < math.inf:
         raise ValueError(f"{name}: z_loss must be finite and >= 0, got {z_loss}")
-
-
-def _check_like(name, argument, tensor, shape, device):
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"{name}: {argument} must have shape {shape}, got {tuple(tensor.shape)}")
-    if tensor.device != device:
-        raise ValueError(f"{name}: {argument} must be on {device}, got {tensor.device}")
-
-
-def _rows_of_tau(name, tau, target, logits, acc):
-    n = target.numel()
-    if not isinstance(tau, torch.Tensor):
-        if not 0 < tau < math.inf:
-            raise ValueError(f"{name}: tau must be a finite number > 0, got {tau}")
-        return torch.full((), tau, dtype=acc, device=logits.device).expand(n)
-    if not tau.dtype.is_floating_point:
-        raise TypeError(f"{name}: tau must be of a floating-point dtype, got {tau.dtype}")
-    if tau.dim() == 0:
-        _check_like(name, "tau", tau, (), logits.device)
-        return tau.to(acc).expand(n)
-    _check_like(name, "tau", tau, tuple(target.shape), logits.device)
-    return tau.to(acc).reshape(-1)
 
 
 def _row_scale(target, row_weight, normalizer, ignore_index, reduction, acc):

@@ -41,4 +41,5 @@ def test_command_line(arguments, words):
     assert words in result.stdout
     if arguments == ["env"]:
         assert result.returncode == 0
-        assert all(word in result.stdout for word in ("torch", "SIMD", "native", "dro_contrastive"))
+        words = ("torch", "triton", "SIMD", "native", "dro_contrastive")
+        assert all(word in result.stdout for word in words)

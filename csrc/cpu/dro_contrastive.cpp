@@ -167,7 +167,7 @@ struct StatsStrips {
 template <class T>
 struct WeightsArgs {
   Tile<T> tile;
-  const T *row_parameters, *column_parameters;  // [4, M], [3, N]
+  const T *row_parameters, *column_parameters;  // [4, M], [4, N]
   int64_t m;
   T* weights;  // [rows, columns]; may be the similarities
   int64_t stride;
