@@ -60,7 +60,9 @@ def _version_bump(name, backend, written):
 def _lazy(name, module, *first):
     def call(*args):
         function = getattr(importlib.import_module(f"tempnet_kernels.{module}"), name)
-        return function(*first, *args)
+        # The caller's autocast would round what the operator multiplies.
+        with torch.autocast(args[0].device.type, enabled=False):
+            return function(*first, *args)
 
     return call
 
@@ -72,6 +74,7 @@ def load_native():
             importlib.import_module(f"tempnet_kernels.{extension}")
 
 
+@torch.compiler.assume_constant_result  # so that the first call may be a compiled one
 def missing(op, backend, device):
     """Why ``backend`` cannot run ``tempnet::op`` on ``device`` ("cpu" or "cuda"), and what to do;
     None if it can."""

@@ -8,6 +8,11 @@ import torch
 TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 # Rows of a tile: a product with fewer is bound by the reading of the other operand.
 TILE_ROWS = {"cpu": 1024, "cuda": 4096}
+# Pairs whose positive is taken off at a time: a bound on the memory of that.
+POSITIVE_ROWS = 2048
+# Where a product of 16-bit matrices accumulates in float32 and can return that. Elsewhere it would
+# round the similarities to 16 bits, so the features are copied to float32 first.
+WIDE_PRODUCTS = {"cuda"}
 
 
 def _tiles(m, n, device, itemsize):
@@ -25,19 +30,38 @@ def _op(name, backend):
     return getattr(getattr(torch.ops.tempnet, name), backend)
 
 
+def _operand(features, acc):
+    return features if features.device.type in WIDE_PRODUCTS else features.to(acc)
+
+
+def _multiply(a, b, out):
+    """out := a b in the dtype of ``out``."""
+    if a.dtype == out.dtype:
+        return torch.mm(a, b, out=out)
+    return torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _add_product(out, a, b):
+    """out += a b in the dtype of ``out``."""
+    if a.dtype == out.dtype:
+        out.addmm_(a, b)
+    else:
+        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+
+
 def dro_contrastive_stats(
     backend, image, text, row_a, column_a, positive, ids, mask, include_positive, keep
 ):
     m, n = image.shape[0], text.shape[0]
-    image, text = image.to(row_a.dtype), text.to(row_a.dtype)
+    image, text = _operand(image, row_a.dtype), _operand(text, row_a.dtype)
     rows, columns = row_a.new_zeros((5, m)), row_a.new_zeros((5, n))
     rows[0], columns[0] = -1e30, -1e30
     similarity = row_a.new_empty((m, n) if keep else (0, 0))
     tiles = _tiles(m, n, image.device.type, row_a.itemsize)
-    buffer = None if keep else _buffer(row_a, tiles)
+    buffer = None if keep else _buffer(row_a, row_a.dtype, tiles)
     for r, c in tiles:
         tile = similarity[r, c] if keep else _view(buffer, r, c)
-        torch.mm(image[r], text[c].T, out=tile)
+        _multiply(image[r], text[c].T, tile)
         _op("similarity_stats_", backend)(
             rows, columns, tile, r.start, c.start, row_a, column_a, positive, ids, mask,
             include_positive,
@@ -49,35 +73,48 @@ def dro_contrastive_stats(
 
 
 def dro_contrastive_grad(
-    backend, image, text, similarity, rows, columns, positive, ids, mask, include_positive,
+    backend, image, text, similarity, rows, columns, total, positive, ids, mask, include_positive,
     want_image, want_text,
 ):  # fmt: skip
     m, n = image.shape[0], text.shape[0]
-    image, text = image.to(rows.dtype), text.to(rows.dtype)
+    acc = rows.dtype
+    image, text = _operand(image, acc), _operand(text, acc)
     grad_image = rows.new_zeros(image.shape if want_image else (0, 0))
     grad_text = rows.new_zeros(text.shape if want_text else (0, 0))
-    tiles = _tiles(m, n, image.device.type, rows.itemsize)
-    buffer = _buffer(rows, tiles)
+    tiles = _tiles(m, n, image.device.type, acc.itemsize)
+    # The weights have the features' dtype, that of the products' other operand.
+    narrow = image.dtype != acc
+    weights_buffer = _buffer(rows, image.dtype, tiles)
+    tile_buffer = _buffer(rows, acc, tiles) if narrow and not similarity.numel() else weights_buffer
     for r, c in tiles:
-        weights = _view(buffer, r, c)
+        weights = _view(weights_buffer, r, c)
         if similarity.numel():
             tile = similarity[r, c]
         else:
-            tile = torch.mm(image[r], text[c].T, out=weights)
+            tile = _multiply(image[r], text[c].T, _view(tile_buffer, r, c))
         _op("similarity_weights_", backend)(
             weights, tile, r.start, c.start, rows, columns, positive, ids, mask, include_positive
         )
         if want_image:
-            grad_image[r].addmm_(weights, text[c])
+            _add_product(grad_image[r], weights, text[c])
         if want_text:
-            grad_text[c].addmm_(weights.T, image[r])
+            _add_product(grad_text[c], weights.T, image[r])
+    # The positives' share, which nearly cancels the rest, is not rounded to the weights' dtype.
+    for i in range(0, m, POSITIVE_ROWS):
+        r = slice(i, i + POSITIVE_ROWS)
+        at, minus = positive[r], -total[r, None]
+        if want_image:
+            grad_image[r].addcmul_(text[at].to(acc), minus)
+        if want_text:
+            own = torch.addcmul(grad_text[at], image[r].to(acc), minus)
+            grad_text.index_copy_(0, at, own)
     return grad_image, grad_text
 
 
-def _buffer(like, tiles):
+def _buffer(like, dtype, tiles):
     """Room for the first tile, which is the largest."""
     r, c = tiles[0] if tiles else (slice(0, 0), slice(0, 0))
-    return like.new_empty((r.stop - r.start) * (c.stop - c.start))
+    return like.new_empty((r.stop - r.start) * (c.stop - c.start), dtype=dtype)
 
 
 def _view(buffer, r, c):

@@ -46,6 +46,8 @@ class ContrastiveStats(NamedTuple):
     log_s_text: torch.Tensor
     kl_image: torch.Tensor  # KL(softmax(S / tau) || uniform) over the negatives, in nats
     kl_text: torch.Tensor
+    k_image: torch.Tensor  # M times the loss's derivative by tau_image
+    k_text: torch.Tensor
 
 
 def _fake_stats(image, text, row_a, column_a, positive, ids, mask, include_positive, keep):
@@ -55,7 +57,7 @@ def _fake_stats(image, text, row_a, column_a, positive, ids, mask, include_posit
 
 
 def _fake_grad(
-    image, text, similarity, rows, columns, positive, ids, mask, include_positive,
+    image, text, similarity, rows, columns, total, positive, ids, mask, include_positive,
     want_image, want_text,
 ):  # fmt: skip
     return (
@@ -78,16 +80,17 @@ _register.define(
     loop="_similarity",
 )
 # (W text, W^T image) with W_ij = q_i 2^(S_ij a_i - m_i) + q_j 2^(S_ij a_j - m_j), less total_i at
-# the positive. rows and columns: [4, M] and [4, N] of (a, m, q, total), total for rows only.
+# the positive. rows and columns: [3, M] and [3, N] of (a, m, q); total [M].
 _register.define(
     "dro_contrastive_grad(Tensor image, Tensor text, Tensor similarity, Tensor rows, "
-    "Tensor columns, Tensor positive, Tensor ids, Tensor mask, bool include_positive, "
-    "bool want_image, bool want_text) -> (Tensor, Tensor)",
+    "Tensor columns, Tensor total, Tensor positive, Tensor ids, Tensor mask, "
+    "bool include_positive, bool want_image, bool want_text) -> (Tensor, Tensor)",
     _fake_grad,
     "dro_contrastive",
     loop="_similarity",
 )
-# One tile of each; the states are updated in the order of the calls.
+# One tile of each: of the states, which are updated in the order of the calls, and of W before the
+# total is taken off.
 _register.define(
     "similarity_stats_(Tensor(a!) rows, Tensor(b!) columns, Tensor similarity, int row_begin, "
     "int column_begin, Tensor row_a, Tensor column_a, Tensor positive, Tensor ids, Tensor mask, "
@@ -115,7 +118,7 @@ class _Anchors(NamedTuple):
     term: torch.Tensor  # tau (log(s/n) + rho)
     log_s: torch.Tensor
     kl: torch.Tensor
-    grad_tau: torch.Tensor  # k
+    k: torch.Tensor  # the term's derivative by tau; of the surrogate loss at gamma < 1
     q: torch.Tensor  # w_ij = q_i 2^(S_ij a_i - m_i)
     total: torch.Tensor  # sum_j w_ij = g_i / s_i
     live: torch.Tensor  # has a negative
@@ -142,7 +145,7 @@ def _anchors(state, s_positive, a, tau, log_s_old, gamma, rho):
     behind = log_g - log_s  # exactly 0 for gamma = 1 and on a first visit
     total = torch.exp(behind)
     # log(s/n) + rho - sum_j w_ij h_ij / tau, without a difference of large numbers at behind = 0.
-    grad_tau = rho - kl - behind - torch.expm1(behind) * ln2 * (sx / s + shift)
+    k = rho - kl - behind - torch.expm1(behind) * ln2 * (sx / s + shift)
     bad = ~(tau > 0)
     nan = math.nan
 
@@ -154,7 +157,7 @@ def _anchors(state, s_positive, a, tau, log_s_old, gamma, rho):
         # What is not finite must not reach the state.
         log_s=torch.where(live & torch.isfinite(log_s), log_s, old).to(tau.dtype),
         kl=choose(kl, nan).to(tau.dtype),
-        grad_tau=choose(grad_tau, 0.0).to(tau.dtype),
+        k=choose(k, 0.0).to(tau.dtype),
         q=choose(total / s, 0.0).to(tau.dtype),
         total=choose(total, 0.0).to(tau.dtype),
         live=live,
@@ -185,29 +188,26 @@ class _DROContrastive(torch.autograd.Function):
         by_text = _anchors(of_texts, s_positive, text_a, tau_text, log_s_text, gamma, rho)
 
         value = ((by_image.term + by_text.term).sum() / m).to(row_a.dtype)
-        total = by_image.total + by_text.total
         row_parameters = torch.stack(
             [
                 torch.where(by_image.live, row_a, _NO_ANCHOR),
                 torch.where(by_image.live, rows[M], 0),
                 by_image.q,
-                total,
             ]
-        )  # (4, M)
+        )  # (3, M)
         of_texts = torch.stack(
             [
                 torch.where(by_text.live, text_a, _NO_ANCHOR),
                 torch.where(by_text.live, of_texts[M], 0),
                 by_text.q,
-                torch.zeros_like(total),
             ]
         )
-        column_parameters = of_texts.new_zeros((4, n))
+        column_parameters = of_texts.new_zeros((3, n))
         column_parameters[0] = _NO_ANCHOR
-        column_parameters = column_parameters.index_copy(1, positive, of_texts)  # (4, N)
+        column_parameters = column_parameters.index_copy(1, positive, of_texts)  # (3, N)
         return (
-            value, by_image.log_s, by_text.log_s, by_image.kl, by_text.kl,
-            by_image.grad_tau, by_text.grad_tau, row_parameters, column_parameters, similarity,
+            value, by_image.log_s, by_text.log_s, by_image.kl, by_text.kl, by_image.k, by_text.k,
+            row_parameters, column_parameters, by_image.total + by_text.total, similarity,
         )  # fmt: skip
 
     @staticmethod
@@ -224,16 +224,14 @@ class _DROContrastive(torch.autograd.Function):
     def backward(ctx, grad_value, *_):
         if grad_value is None:
             return (None,) * 14
-        image, text, positive, ids, mask, k_image, k_text, rows, columns, similarity = (
-            ctx.saved_tensors
-        )
+        image, text, positive, ids, mask, k_image, k_text, *saved, similarity = ctx.saved_tensors
         want = ctx.needs_input_grad
         scale = grad_value / image.shape[0]
         grad_image = grad_text = None
         if want[0] or want[1]:
             grads = _op("dro_contrastive_grad", ctx.backend)(
-                image, text, similarity, rows, columns, positive, ids, mask,
-                ctx.include_positive, want[0], want[1],
+                image, text, similarity, *saved, positive, ids, mask, ctx.include_positive,
+                want[0], want[1],
             )  # fmt: skip
             # In the accumulation dtype: a gradient of 1/B may underflow in float16 before it.
             grad_image, grad_text = (
@@ -344,7 +342,7 @@ def dro_contrastive(
         image, text, tau_image, tau_text, log_s_image, log_s_text, positive, ids, mask,
         float(rho), float(gamma), bool(include_positive), keep, chosen,
     )  # fmt: skip
-    return (value, ContrastiveStats(*stats[:4])) if return_stats else value
+    return (value, ContrastiveStats(*stats[:6])) if return_stats else value
 
 
 def _check_features(name, image, text):

@@ -28,8 +28,8 @@ constexpr int64_t kBlock = 8;
 // Fields of the states [kFields, M] and [kFields, N]; tempnet_kernels/dro_contrastive.py has the
 // same order.
 enum Field { kM, kS, kSx, kCount, kPositive, kFields };
-// Fields of the gradient's parameters: w = q 2^(z a - m), and the weight taken off the positive.
-enum Parameter { kA, kShift, kQ, kTotal };
+// Fields of the gradient's parameters: w = q 2^(z a - m).
+enum Parameter { kA, kShift, kQ };
 
 template <class T>
 struct Tile {
@@ -167,7 +167,7 @@ struct StatsStrips {
 template <class T>
 struct WeightsArgs {
   Tile<T> tile;
-  const T *row_parameters, *column_parameters;  // [4, M], [4, N]
+  const T *row_parameters, *column_parameters;  // [3, M], [3, N]
   int64_t m;
   T* weights;  // [rows, columns]; may be the similarities
   int64_t stride;
@@ -195,8 +195,6 @@ struct WeightsRows {
           const T by_column = exp2_clamped(clamp_exponent(centred<kFma>(z[j], a[j], m[j])));
           w[j] = rq * by_row + q[j] * by_column;
         }
-        const int64_t p = tile.positive[tile.row_begin + r] - tile.column_begin - c;
-        if (p >= 0 && p < count) w[p] -= row[kTotal * args.m];
       }
     }
   }

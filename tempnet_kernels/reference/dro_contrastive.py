@@ -18,7 +18,7 @@ def dro_contrastive_stats(
 
 
 def dro_contrastive_grad(
-    image, text, similarity, rows, columns, positive, ids, mask, include_positive,
+    image, text, similarity, rows, columns, total, positive, ids, mask, include_positive,
     want_image, want_text,
 ):  # fmt: skip
     image, text = image.to(rows.dtype), text.to(rows.dtype)
@@ -27,7 +27,7 @@ def dro_contrastive_grad(
     counts = _counts(similarity, positive, ids, mask, include_positive)
     weights = _weights(similarity, rows) + _weights(similarity.T, columns).T
     weights = torch.where(counts, weights, 0)
-    weights = weights.scatter_add(1, positive[:, None], -rows[3][:, None])
+    weights = weights.scatter_add(1, positive[:, None], -total[:, None])
     empty = rows.new_empty((0, 0))
     return weights @ text if want_image else empty, weights.T @ image if want_text else empty
 
