@@ -133,5 +133,42 @@ class Operators:
         torch.autograd.graph.increment_version(grad)
 
 
+class ContrastiveOperators:
+    """Stands for the operators on a tile of similarities, as ``Operators`` does."""
+
+    def __init__(self, module, multiprocessors=132):
+        self.module, self.multiprocessors = module, multiprocessors
+
+    def __call__(self, name, backend):
+        return getattr(self, name)
+
+    def _tile(self, rows, columns, similarity, positive, ids, mask, include_positive, begin):
+        assert similarity.dtype == torch.float32
+        return {
+            "row_begin": begin[0], "column_begin": begin[1],
+            "m": rows.shape[1], "n": columns.shape[1],
+            "tile_rows": similarity.shape[0], "tile_columns": similarity.shape[1],
+            "similarity": similarity.data_ptr(), "stride": similarity.stride(0),
+            "positive": positive.data_ptr(), "ids": ids.data_ptr() if ids.numel() else 0,
+            "mask": mask.data_ptr() if mask.numel() else 0, "mask_stride": mask.stride(0),
+            "include_positive": include_positive,
+            "rows": rows.data_ptr(), "columns": columns.data_ptr(),
+        }  # fmt: skip
+
+    def similarity_stats_(
+        self, rows, columns, similarity, row_begin, column_begin, row_a, column_a, *options
+    ):
+        params = self._tile(rows, columns, similarity, *options, (row_begin, column_begin))
+        params |= {"row_a": row_a.data_ptr(), "column_a": column_a.data_ptr()}
+        self.module.similarity_stats(params, self.multiprocessors)
+
+    def similarity_weights_(
+        self, weights, similarity, row_begin, column_begin, rows, columns, *options
+    ):
+        params = self._tile(rows, columns, similarity, *options, (row_begin, column_begin))
+        params |= {"weights": weights.data_ptr(), "weights_stride": weights.stride(0)}
+        self.module.similarity_weights(_name(weights), params)
+
+
 def _name(tensor):
     return str(tensor.dtype).removeprefix("torch.")

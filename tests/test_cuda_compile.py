@@ -21,25 +21,34 @@ MODES = ("forward", "gradient", "argmax", "all")
 READS = ("aligned", "edged", "twice")
 
 
-def compile_for(architecture, directory):
-    """{(kernel, dtype, mode, read): (registers, spilled bytes)}"""
+def compile_for(architecture, source, directory):
+    """[(kernel, its mangled template arguments, registers, spilled bytes)]"""
     include = Path(torch.__path__[0]) / "include"
     command = [
         NVCC, "-std=c++17", "-O3", f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
         "-Xptxas=-v", "-Werror=all-warnings", f"-I{include}",
         f"-I{include}/torch/csrc/api/include", "-DTORCH_TARGET_VERSION=0x020b000000000000",
-        "-DUSE_CUDA", "-c", str(ROOT / "csrc/cuda/dro_cross_entropy.cu"), "-o",
-        str(directory / f"{architecture}.o"),
+        "-DUSE_CUDA", "-c", str(ROOT / f"csrc/cuda/{source}.cu"), "-o",
+        str(directory / f"{source}{architecture}.o"),
     ]  # fmt: skip
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     pattern = re.compile(
-        r"Compiling entry function '\w*?device\d+(\w+?_kernel)I(\w+?)vNS0_6ParamsE'.*?"
+        r"Compiling entry function '\w*?device(?:11contrastive)?\d+(\w+?_kernel)I(\w+?)v"
+        r"NS\d_\d+\w*ParamsE'.*?"
         r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
         re.S,
     )
+    return [
+        (kernel, arguments, int(registers), int(stores) + int(loads))
+        for kernel, arguments, stores, loads, registers in pattern.findall(result.stderr)
+    ]
+
+
+def token_loss(compiled):
+    """{(kernel, dtype, mode, read): (registers, spilled bytes)}"""
     report = {}
-    for kernel, arguments, stores, loads, registers in pattern.findall(result.stderr):
+    for kernel, arguments, registers, spilled in compiled:
         dtype = re.match(r"f|NS0_\d+(\w+?)E", arguments)
         mode = re.search(r"ModeE(\d)", arguments)
         read = re.search(r"ReadE(\d)", arguments)
@@ -50,21 +59,27 @@ def compile_for(architecture, directory):
             READS[int(read.group(1))] if read else None,
             arguments if kernel == "join_kernel" else None,
         )
-        report[key] = (int(registers), int(stores) + int(loads))
+        report[key] = (registers, spilled)
     return report
 
 
 @pytest.fixture(scope="module")
-def reports(tmp_path_factory):
+def compiled(tmp_path_factory):
+    """{source: {architecture: what compile_for returns}}"""
     directory = tmp_path_factory.mktemp("cuda")
+    wanted = [(s, a) for s in ("dro_cross_entropy", "dro_contrastive") for a in ARCHITECTURES]
     with ThreadPoolExecutor() as pool:
-        compiled = pool.map(lambda a: compile_for(a, directory), ARCHITECTURES)
-    reports = dict(zip(ARCHITECTURES, compiled, strict=True))
-    for architecture, report in reports.items():
-        for key, (registers, spilled) in report.items():
-            name = " ".join(filter(None, key[:4]))
-            print(f"sm_{architecture} {name:45} {registers:4} registers {spilled:4} bytes spilled")
-    return reports
+        results = pool.map(lambda w: compile_for(w[1], w[0], directory), wanted)
+    compiled = dict(zip(wanted, results, strict=True))
+    for (_, architecture), kernels in compiled.items():
+        for kernel, arguments, registers, spilled in kernels:
+            print(f"sm_{architecture} {kernel} {arguments} {registers} registers {spilled} spilled")
+    return compiled
+
+
+@pytest.fixture(scope="module")
+def reports(compiled):
+    return {a: token_loss(compiled["dro_cross_entropy", a]) for a in ARCHITECTURES}
 
 
 def test_every_kernel_is_compiled(reports):
@@ -88,3 +103,13 @@ def test_no_other_kernel_spills_more_than_a_few_words_of_a_row(reports):
             kernel = key[0]
             limit = 128 if kernel == "row_kernel" else 0  # a thread holds 128 bytes of the row
             assert spilled <= limit, (architecture, key, spilled)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_contrastive_kernels_do_not_spill(compiled, architecture):
+    kernels = compiled["dro_contrastive", architecture]
+    # stats: 2 x 2; join: 2; weights: 3 types x 2 x 2.
+    assert len({(kernel, arguments) for kernel, arguments, *_ in kernels}) == 4 + 2 + 12
+    for kernel, arguments, registers, spilled in kernels:
+        # 256 threads x 128 registers: two CTAs fit on a multiprocessor.
+        assert (registers <= 128, spilled) == (True, 0), (kernel, arguments, registers)

@@ -1,7 +1,5 @@
 // The token loss on a GPU: the operators under the CUDA key. The kernels and their launches are in
 // the .cuh files.
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -12,6 +10,7 @@
 #include "../checks.h"
 #include "dro_cross_entropy_launch.cuh"
 #include "launch_plan.h"
+#include "on_device.h"
 
 namespace tempnet {
 namespace {
@@ -24,25 +23,9 @@ constexpr const char* kName = "dro_cross_entropy";
 constexpr int64_t kMaxColumns = int64_t(1) << 28;     // byte offsets in a row stay in 32 bits
 constexpr int64_t kMaxRows = (int64_t(1) << 28) - 1;  // times 8 CTAs a grid's first dimension
 
-// The tensors' device for the lifetime of this, and its current stream.
-struct OnDevice {
-  explicit OnDevice(const Tensor& tensor) : guard(tensor.get_device_index()) {
-    const int index = tensor.get_device_index();
-    void* current = nullptr;
-    if (aoti_torch_get_current_cuda_stream(index, &current) != AOTI_TORCH_SUCCESS) {
-      throw std::runtime_error("dro_cross_entropy: no current CUDA stream");
-    }
-    stream = static_cast<Stream>(current);
-    check(cudaDeviceGetAttribute(&multiprocessors, cudaDevAttrMultiProcessorCount, index),
-          "cudaDeviceGetAttribute");
-    // What the code was compiled for, not what the device is: PTX of 8.0 that the driver compiles
-    // for a 9.0 knows no clusters.
-    arch = attributes_of(scale_kernel<float>).ptxVersion;
-  }
-  torch::stable::accelerator::DeviceGuard guard;
-  Stream stream;
-  int multiprocessors, arch;
-};
+// What the code was compiled for, not what the device is: PTX of 8.0 that the driver compiles for a
+// 9.0 knows no clusters.
+int compiled_arch() { return attributes_of(scale_kernel<float>).ptxVersion; }
 
 template <class F>
 void for_dtype(const Tensor& tensor, F f) {
@@ -94,7 +77,7 @@ using RowTensors = std::tuple<Tensor, Tensor, Tensor>;
 RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& target,
                    const Tensor& tau, const Tensor& scale, double rho, int64_t ignore_index,
                    double label_smoothing, double z_loss, bool want_argmax) {
-  const OnDevice on(logits);
+  const OnDevice on(kName, logits);
   const int64_t n = logits.size(0);
   Tensor loss = torch::stable::new_empty(tau, {n});
   Tensor rows = torch::stable::new_empty(tau, {kRowFields, n});
@@ -113,7 +96,7 @@ RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& targe
   params.unscaled = logits.scalar_type() == ScalarType::Half;
   for_dtype(logits, [&](auto zero) {
     using Z = decltype(zero);
-    const Plan plan = plan_forward(n, params.v, sizeof(Z), aligned_rows<Z>(params), on.arch,
+    const Plan plan = plan_forward(n, params.v, sizeof(Z), aligned_rows<Z>(params), compiled_arch(),
                                    on.multiprocessors, mode_of(params), params.grad != nullptr);
     Tensor parts = tau;  // holds the memory until the launches are queued
     if (plan.kernel == Kernel::kSplit) {
@@ -147,7 +130,7 @@ RowTensors dro_cross_entropy_fwd_(Tensor logits, Tensor target, Tensor tau, Tens
 
 Tensor dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows,
                              int64_t ignore_index, double label_smoothing, double z_loss) {
-  const OnDevice on(logits);
+  const OnDevice on(kName, logits);
   Tensor grad = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
   Params params = row_params(logits, target, tau, scale, 0, ignore_index, label_smoothing, z_loss);
   params.grad = grad.mutable_data_ptr();
@@ -158,7 +141,7 @@ Tensor dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor sc
 }
 
 void scale_rows_(Tensor grad, Tensor scale) {
-  const OnDevice on(grad);
+  const OnDevice on(kName, grad);
   Params params = shape_params(grad);
   params.grad = grad.mutable_data_ptr();
   params.grad_stride = grad.stride(0);

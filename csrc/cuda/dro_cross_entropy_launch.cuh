@@ -17,8 +17,6 @@ struct Plan {
   int slice;    // columns per CTA
 };
 
-inline int divide_up(int x, int y) { return (x + y - 1) / y; }
-
 // A slice of whole 128-byte lines.
 inline int lines(int columns, int itemsize) {
   return divide_up(columns * itemsize, 128) * (128 / itemsize);

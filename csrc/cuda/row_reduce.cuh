@@ -11,6 +11,8 @@ namespace device {
 constexpr int kWarp = 32;
 constexpr int kNoColumn = 0x7fffffff;
 
+inline int divide_up(int x, int y) { return (x + y - 1) / y; }
+
 struct BFloat16 {
   uint16_t bits;
 };

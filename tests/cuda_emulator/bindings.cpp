@@ -2,6 +2,10 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <limits>
+#include <vector>
+
+#include "cuda/dro_contrastive.cuh"
 #include "cuda/dro_cross_entropy_launch.cuh"
 #include "faults.h"
 
@@ -67,6 +71,53 @@ py::dict plan_dict(const Plan& plan) {
   return d;
 }
 
+contrastive::Tile tile_from(const py::dict& d) {
+  contrastive::Tile t{};
+  t.row_begin = d["row_begin"].cast<int64_t>();
+  t.column_begin = d["column_begin"].cast<int64_t>();
+  t.m = d["m"].cast<int64_t>();
+  t.n = d["n"].cast<int64_t>();
+  t.rows = d["tile_rows"].cast<int>();
+  t.columns = d["tile_columns"].cast<int>();
+  t.similarity = pointer<float>(d, "similarity");
+  t.stride = d["stride"].cast<int64_t>();
+  t.positive = pointer<int64_t>(d, "positive");
+  t.ids = pointer<int32_t>(d, "ids");
+  t.mask = pointer<bool>(d, "mask");
+  t.mask_stride = d["mask_stride"].cast<int64_t>();
+  t.include_positive = d["include_positive"].cast<bool>();
+  return t;
+}
+
+void similarity_stats(const py::dict& d, int multiprocessors) {
+  contrastive::StatsParams p{};
+  p.tile = tile_from(d);
+  p.tile.aligned = contrastive::aligned_groups<float>(p.tile, nullptr, 0);
+  p.row_a = pointer<float>(d, "row_a");
+  p.column_a = pointer<float>(d, "column_a");
+  p.rows = pointer<float>(d, "rows");
+  p.columns = pointer<float>(d, "columns");
+  contrastive::plan_stats(p, multiprocessors);
+  const float poison = std::numeric_limits<float>::quiet_NaN();
+  std::vector<float> parts(contrastive::part_floats(p), poison);
+  contrastive::launch_stats(p, parts.data(), 0);
+}
+
+void similarity_weights(const std::string& dtype, const py::dict& d) {
+  contrastive::WeightsParams p{};
+  p.tile = tile_from(d);
+  p.rows = pointer<float>(d, "rows");
+  p.columns = pointer<float>(d, "columns");
+  p.weights = pointer<void>(d, "weights");
+  p.stride = d["weights_stride"].cast<int64_t>();
+  for_dtype(dtype, [&](auto zero) {
+    using Z = decltype(zero);
+    p.tile.aligned =
+        contrastive::aligned_groups(p.tile, static_cast<const Z*>(p.weights), p.stride);
+    contrastive::launch_weights<Z>(p, 0);
+  });
+}
+
 }  // namespace
 }  // namespace tempnet
 
@@ -102,6 +153,8 @@ PYBIND11_MODULE(cuda_emulator, module) {
     for_dtype(dtype,
               [&](auto zero) { device::launch_scale<decltype(zero)>(params_from(params), 1, 0); });
   });
+  module.def("similarity_stats", &similarity_stats);
+  module.def("similarity_weights", &similarity_weights);
   module.def("reverse_blocks", &faults::reverse_blocks);
   module.def("divergent_barrier", &faults::divergent_barrier);
   module.def("early_exit", &faults::early_exit);
