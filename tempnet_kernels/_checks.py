@@ -29,6 +29,27 @@ def check_like(function, argument, tensor, shape, device):
         raise ValueError(f"{function}: {argument} must be on {device}, got {tensor.device}")
 
 
+def check_integers(function, argument, tensor, shape, device):
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{function}: {argument} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
+        raise TypeError(f"{function}: {argument} must be of an integer dtype, got {tensor.dtype}")
+    check_like(function, argument, tensor, tuple(shape), device)
+
+
+def temperature_bounds(function, tau_min, tau_max):
+    if not 0 < tau_min < tau_max < math.inf:
+        raise ValueError(
+            f"{function}: tau_min and tau_max must satisfy 0 < tau_min < tau_max, "
+            f"got {tau_min} and {tau_max}"
+        )
+
+
+def in_backward():
+    """Whether a backward pass is running: then a forward is a checkpointed region's second one."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
 def temperatures(function, argument, tau, shape, device, dtype):
     """``tau``, a number, a 0-d tensor or one of ``shape``, as ``[n]`` in ``dtype``."""
     n = math.prod(shape)

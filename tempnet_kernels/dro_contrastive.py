@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 
 from tempnet_kernels import _register
-from tempnet_kernels._checks import check_like, once_differentiable, temperatures
+from tempnet_kernels._checks import check_integers, check_like, once_differentiable, temperatures
 from tempnet_kernels.dro_cross_entropy import accumulation_dtype
 
 AUTO = {"cpu": ("native",), "cuda": ("native", "triton")}
@@ -376,18 +376,10 @@ def _log_s(name, argument, log_s, m, device, acc):
     return log_s.detach().to(acc)
 
 
-def _check_integers(name, argument, tensor, shape, device):
-    if not isinstance(tensor, torch.Tensor):
-        raise TypeError(f"{name}: {argument} must be a tensor, got {type(tensor).__name__}")
-    if tensor.dtype.is_floating_point or tensor.dtype.is_complex or tensor.dtype == torch.bool:
-        raise TypeError(f"{name}: {argument} must be of an integer dtype, got {tensor.dtype}")
-    check_like(name, argument, tensor, shape, device)
-
-
 def _positive(name, positive, m, n, device):
     if positive is None:
         return torch.arange(m, device=device)
-    _check_integers(name, "positive", positive, (m,), device)
+    check_integers(name, "positive", positive, (m,), device)
     positive = positive.long().contiguous()
     if device.type == "cpu" and not torch.compiler.is_compiling():
         outside = (positive < 0) | (positive >= n)
@@ -407,7 +399,7 @@ def _ids(name, image_ids, text_ids, n, device):
     readable = device.type == "cpu" and not torch.compiler.is_compiling()  # without waiting for it
     for argument, ids in (("image_ids", image_ids), ("text_ids", text_ids)):
         if ids is not None:
-            _check_integers(name, argument, ids, (n,), device)
+            check_integers(name, argument, ids, (n,), device)
             ids = ids.long()
             ordered = ids.sort().values
             repeated |= not readable or bool((ordered[1:] == ordered[:-1]).any())

@@ -1,10 +1,16 @@
 """Modules that trainers hold."""
 
-from tempnet_kernels.nn.dro_cross_entropy import (
-    DROCrossEntropyLoss,
-    TemperatureStats,
-    TempNetCrossEntropyLoss,
-)
-from tempnet_kernels.nn.tempnet import TempNet
+from tempnet_kernels.nn.contrastive_tempnet import ContrastiveTempNet
+from tempnet_kernels.nn.dro_contrastive import ContrastiveTemperatureStats, RobustContrastiveLoss
+from tempnet_kernels.nn.dro_cross_entropy import DROCrossEntropyLoss, TempNetCrossEntropyLoss
+from tempnet_kernels.nn.tempnet import TemperatureStats, TempNet
 
-__all__ = ["DROCrossEntropyLoss", "TempNet", "TempNetCrossEntropyLoss", "TemperatureStats"]
+__all__ = [
+    "ContrastiveTempNet",
+    "ContrastiveTemperatureStats",
+    "DROCrossEntropyLoss",
+    "RobustContrastiveLoss",
+    "TempNet",
+    "TempNetCrossEntropyLoss",
+    "TemperatureStats",
+]

@@ -1,22 +1,9 @@
 """The token loss as modules."""
 
-from typing import NamedTuple
-
-import torch
 from torch import nn
 
 from tempnet_kernels.dro_cross_entropy import dro_cross_entropy
-
-
-class TemperatureStats(NamedTuple):
-    """Statistics of a batch's temperatures over the rows that are not ignored: detached 0-d
-    tensors."""
-
-    mean: torch.Tensor
-    min: torch.Tensor
-    max: torch.Tensor
-    at_min: torch.Tensor  # share of rows within 1 % of the range of tau_min
-    at_max: torch.Tensor  # share of rows within 1 % of the range of tau_max
+from tempnet_kernels.nn.tempnet import TemperatureStats
 
 
 class DROCrossEntropyLoss(nn.Module):
@@ -87,14 +74,5 @@ class TempNetCrossEntropyLoss(nn.Module):
         """:class:`TemperatureStats` of the last batch, without waiting for a GPU."""
         if self._tau is None:
             raise RuntimeError("TempNetCrossEntropyLoss: temperature_stats needs a forward first")
-        tau, live = self._tau, self._live
         low, high = self.tempnet.tau_min, self.tempnet.tau_max
-        margin = 0.01 * (high - low)
-        n = live.sum()
-        return TemperatureStats(
-            mean=torch.where(live, tau, 0).sum() / n,
-            min=torch.where(live, tau, torch.inf).amin(),
-            max=torch.where(live, tau, -torch.inf).amax(),
-            at_min=(live & (tau <= low + margin)).sum() / n,
-            at_max=(live & (tau >= high - margin)).sum() / n,
-        )
+        return TemperatureStats.of(self._tau, low, high, self._live)

@@ -1,12 +1,40 @@
 """The temperature network for language models."""
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from tempnet_kernels._checks import temperature_bounds
+
 # Where the published checkpoints keep the TempNet inside a full model's state dict.
 PREFIXES = ("module.tempnet.", "tempnet.")
+
+
+class TemperatureStats(NamedTuple):
+    """Statistics of a batch's temperatures over the rows that are not ignored: detached 0-d
+    tensors."""
+
+    mean: torch.Tensor
+    min: torch.Tensor
+    max: torch.Tensor
+    at_min: torch.Tensor  # share of rows within 1 % of the range of tau_min
+    at_max: torch.Tensor  # share of rows within 1 % of the range of tau_max
+
+    @classmethod
+    def of(cls, tau, low, high, live=None):
+        """Of temperatures in [low, high], where ``live`` is true."""
+        live = torch.ones_like(tau, dtype=torch.bool) if live is None else live
+        margin = 0.01 * (high - low)
+        n = live.sum()
+        return cls(
+            mean=torch.where(live, tau, 0).sum() / n,
+            min=torch.where(live, tau, torch.inf).amin(),
+            max=torch.where(live, tau, -torch.inf).amax(),
+            at_min=(live & (tau <= low + margin)).sum() / n,
+            at_max=(live & (tau >= high - margin)).sum() / n,
+        )
 
 
 class TempNet(nn.Module):
@@ -42,11 +70,7 @@ class TempNet(nn.Module):
         super().__init__()
         if vocab_size < 1:
             raise ValueError(f"TempNet: vocab_size must be >= 1, got {vocab_size}")
-        if not 0 < tau_min < tau_max < math.inf:
-            raise ValueError(
-                "TempNet: tau_min and tau_max must satisfy 0 < tau_min < tau_max, "
-                f"got {tau_min} and {tau_max}"
-            )
+        temperature_bounds("TempNet", tau_min, tau_max)
         if center not in (None, "max"):
             raise ValueError(f"TempNet: center must be None or 'max', got {center!r}")
         self.vocab_size = vocab_size
@@ -104,6 +128,11 @@ def _accept_published_layouts(module, state_dict, prefix, *_):
                 state_dict.clear()
                 state_dict.update(own)
                 break
+    reshape_scaler(state_dict, prefix)
+
+
+def reshape_scaler(state_dict, prefix):
+    """The official scaler is 0-d."""
     scaler = state_dict.get(prefix + "scaler")
     if scaler is not None and scaler.dim() == 0:
         state_dict[prefix + "scaler"] = scaler.reshape(1)

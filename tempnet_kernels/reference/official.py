@@ -22,13 +22,16 @@ def official_cross_entropy(logits, target, tau, rho):
     return (tau[:, 0] * cross_entropy + (rho - math.log(v)) * tau[:, 0]).mean()
 
 
-def official_contrastive(image, text, tau_image, tau_text, rho, gamma, state, ids, epoch):
+def official_contrastive(
+    image, text, tau_image, tau_text, rho, gamma, state, ids, epoch, return_k=False
+):
     """Contrastive loss of the official code, features ``[B, D]`` and temperatures ``[B]``.
 
     Its gradients are those of :func:`tempnet_kernels.dro_contrastive` as long as every sample was
     visited in epoch 0 and no ``s`` underflows; its value is not the loss, but a number with that
     gradient. Updates ``state``, a dict of ``s_I``, ``b_I``, ``s_T`` and ``b_T`` (zeros at first),
-    at the samples ``ids``.
+    at the samples ``ids``. With ``return_k`` also k, the gradient of each side's temperatures times
+    B, detached.
 
     Source: ``Bimodal-CL/models/losses.py``, class ``iSogCLR_New_Loss`` with a TempNet.
     """
@@ -36,7 +39,7 @@ def official_contrastive(image, text, tau_image, tau_text, rho, gamma, state, id
     similarity = image @ text.T
     positive = similarity.diagonal()
     negatives = 1 - torch.eye(b, dtype=image.dtype, device=image.device)
-    total = 0
+    total, ks = 0, []
     for side, tau, diff in (
         ("I", tau_image, similarity - positive[:, None]),
         ("T", tau_text, (similarity - positive[None, :]).T),
@@ -53,5 +56,6 @@ def official_contrastive(image, text, tau_image, tau_text, rho, gamma, state, id
         s = s.clamp(min=1e-14)
         w = e / s[:, None]
         k = torch.log(s / (b - 1)) + new_b + rho - (w * scaled).sum(1)
+        ks.append(k)
         total = total + (w * diff).sum(1).mean() + (k * tau).mean()
-    return total
+    return (total, *ks) if return_k else total

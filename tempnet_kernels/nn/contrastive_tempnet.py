@@ -1,0 +1,144 @@
+"""The temperature network for contrastive features."""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from tempnet_kernels._checks import check_integers, in_backward, temperature_bounds
+from tempnet_kernels.nn.tempnet import reshape_scaler
+
+
+class ContrastiveTempNet(nn.Module):
+    r"""Predicts a temperature for every feature vector of one side.
+
+    With ``x = dropout(sigmoid(proj(f)))`` and ``q_k`` the product of x with the k-th of the
+    normalised prototypes:
+
+        w   = softmax(q / exp(scaler))
+        tau = tau_min + (tau_max - tau_min) * sigmoid(linear_1((w - 1/K) * sigmoid(q)))
+
+    The features are detached: the network learns from the temperature's gradient alone.
+
+    Args:
+        feature_dim: D, the width of the features.
+        tau_min, tau_max: bounds of the temperature, 0 < tau_min < tau_max.
+        num_prototypes: K; the official code has 256.
+        dropout: probability, in training mode.
+        seed: of the dropout masks of samples with ids; one of its own for each network.
+
+    The state dict has the official names, ``proj``, ``scaler``, ``prototypes``, ``linear_1``, and
+    ``dropout_step``, which counts the masks drawn; a state dict without it counts from 0.
+    ``load_state_dict`` takes a scaler of shape ``()`` or ``[1]`` in any float dtype.
+
+    Source: arXiv 2404.04575; official code ``Bimodal_CL/models/losses.py``, class
+    ``TempGenerator``.
+    """
+
+    def __init__(
+        self, feature_dim, tau_min=0.005, tau_max=0.05, *, num_prototypes=256, dropout=0.5, seed=0
+    ):
+        super().__init__()
+        for argument, value in (("feature_dim", feature_dim), ("num_prototypes", num_prototypes)):
+            if value < 1:
+                raise ValueError(f"ContrastiveTempNet: {argument} must be >= 1, got {value}")
+        if not 0 <= dropout < 1:
+            raise ValueError(f"ContrastiveTempNet: dropout must be in [0, 1), got {dropout}")
+        temperature_bounds("ContrastiveTempNet", tau_min, tau_max)
+        self.tau_min = tau_min
+        self.tau_max = tau_max
+        self.dropout = dropout
+        self.seed = seed
+        self.proj = nn.Linear(feature_dim, feature_dim)
+        self.scaler = nn.Parameter(torch.full((1,), math.log(0.01)))  # not 0-d: FSDP2 refuses that
+        self.prototypes = nn.Parameter(torch.randn(num_prototypes, feature_dim))
+        self.linear_1 = nn.Linear(num_prototypes, 1)
+        nn.init.ones_(self.linear_1.weight)
+        nn.init.zeros_(self.linear_1.bias)
+        self.register_buffer("dropout_step", torch.zeros(1, dtype=torch.int64))
+        self.register_load_state_dict_pre_hook(_accept_official_layout)
+
+    @torch.no_grad()
+    def init_prototypes(self, features):
+        """Replace the prototypes by the transformed features, ``sigmoid(proj(f))``, of the first K
+        rows of ``features`` ``[>= K, D]``: before the first step. (The official code takes the
+        other side's features as they are.)"""
+        k = self.prototypes.shape[0]
+        self._check(features)
+        if features.shape[0] < k:
+            raise ValueError(
+                f"ContrastiveTempNet: features must have at least {k} rows for {k} prototypes, "
+                f"got {features.shape[0]}"
+            )
+        self.prototypes.copy_(torch.sigmoid(self.proj(features[:k].to(self.proj.weight.dtype))))
+
+    def forward(self, features, ids=None):
+        """features ``[B, D]`` of a float dtype -> temperatures ``[B]`` in float32 (float64 for a
+        float64 network).
+
+        ids: ``[B]`` integers. In training mode a sample's dropout mask then depends on its id, the
+        seed and the number of the call, not on the device, the process or the place in the batch:
+        ranks that predict the same sample's temperature agree. Without ids it is torch's dropout.
+        """
+        self._check(features)
+        dtype = self.proj.weight.dtype
+        x = torch.sigmoid(self.proj(features.detach().to(dtype)))  # (B, D)
+        if self.training and self.dropout:
+            x = F.dropout(x, self.dropout) if ids is None else self._drop(x, ids)
+        q = (x @ F.normalize(self.prototypes, dim=1).T).to(
+            torch.promote_types(dtype, torch.float32)
+        )
+        w = torch.softmax(q / self.scaler.to(q.dtype).exp(), 1)  # (B, K)
+        mixed = (w - 1 / w.shape[1]) * torch.sigmoid(q)
+        t = self.linear_1(mixed.to(dtype)).squeeze(1).to(q.dtype)
+        return self.tau_min + (self.tau_max - self.tau_min) * torch.sigmoid(t)
+
+    def _check(self, features):
+        d = self.proj.in_features
+        if features.dim() != 2 or features.shape[1] != d:
+            raise ValueError(
+                f"ContrastiveTempNet: features must have shape (B, {d}), "
+                f"got {tuple(features.shape)}"
+            )
+
+    def _drop(self, x, ids):
+        check_integers("ContrastiveTempNet", "ids", ids, x.shape[:1], x.device)
+        if in_backward():
+            raise RuntimeError(
+                "ContrastiveTempNet: forward runs again within a backward pass (activation "
+                "checkpointing), where it would draw another dropout mask: leave the network out "
+                "of the checkpointed region"
+            )
+        self.dropout_step += 1
+        rows = _mix(_mix(self.dropout_step + (self.seed << 32)) ^ ids)  # (B,)
+        columns = _mix(torch.arange(x.shape[1], device=x.device))  # (D,)
+        bits = rows.int()[:, None] + columns.int()  # (B, D), of the last round's 32 bits
+        bits ^= _shift_right(bits, 16)
+        bits *= -2048144789  # 0x85ebca6b
+        bits ^= _shift_right(bits, 13)
+        bits *= -1028477387  # 0xc2b2ae35
+        bits ^= _shift_right(bits, 16)
+        kept = bits >= int(self.dropout * 2**32) - 2**31
+        return x * kept / (1 - self.dropout)
+
+    def extra_repr(self):
+        return f"tau=[{self.tau_min}, {self.tau_max}], dropout={self.dropout}, seed={self.seed}"
+
+
+def _shift_right(x, count):
+    """A logical shift of int32."""
+    return (x >> count) & ((1 << (32 - count)) - 1)
+
+
+def _mix(x):
+    """A bijection of int64 whose output bits each depend on all input bits (the finaliser of
+    splitmix64); products wrap."""
+    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687  # 0xbf58476d1ce4e5b9
+    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685  # 0x94d049bb133111eb
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def _accept_official_layout(module, state_dict, prefix, *_):
+    state_dict.setdefault(prefix + "dropout_step", torch.zeros(1, dtype=torch.int64))
+    reshape_scaler(state_dict, prefix)
