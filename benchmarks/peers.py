@@ -1,13 +1,13 @@
-"""What a user would pick instead. Each is a function (logits, target, tau, rho) -> loss; what it
-leaves out is said."""
+"""What a user would pick instead; what it leaves out is said. A token loss is a function
+(logits, target, tau, rho) -> loss, a contrastive one (image, text, tau_image, tau_text) -> loss."""
 
 import importlib.util
 
 import torch
 import torch.nn.functional as F
 
-from tempnet_kernels import dro_cross_entropy
-from tempnet_kernels.reference.official import official_cross_entropy
+from tempnet_kernels import dro_contrastive, dro_cross_entropy
+from tempnet_kernels.reference.official import official_contrastive, official_cross_entropy
 
 _compiled_official = torch.compile(official_cross_entropy, dynamic=False)
 
@@ -61,3 +61,57 @@ if torch.cuda.is_available() and importlib.util.find_spec("quack"):
 
     TOKEN_LOSSES["quack"] = quack
     NO_TEMPERATURE.append("quack")
+
+
+# A first visit with these: the moving average does not add work.
+CONTRASTIVE_RHO, GAMMA = 7.0, 0.8
+_compiled_official_contrastive = torch.compile(official_contrastive, dynamic=False)
+
+
+def official_pairs(image, text, tau_image, tau_text, function=official_contrastive):
+    ids = torch.arange(image.shape[0], device=image.device)
+    zeros = torch.zeros(image.shape[0], device=image.device)
+    state = {name: zeros.clone() for name in ("s_I", "b_I", "s_T", "b_T")}
+    return function(image, text, tau_image, tau_text, CONTRASTIVE_RHO, GAMMA, state, ids, 0)
+
+
+def official_pairs_compiled(*tensors):
+    return official_pairs(*tensors, function=_compiled_official_contrastive)
+
+
+def open_clip(image, text, tau_image, tau_text):
+    """One temperature, softmax with the positive: the formula of ClipLoss on one process."""
+    logits = image @ text.T / tau_image[0]
+    y = torch.arange(image.shape[0], device=image.device)
+    return (F.cross_entropy(logits, y) + F.cross_entropy(logits.T, y)) / 2
+
+
+def ours_pairs(image, text, tau_image, tau_text):
+    return dro_contrastive(image, text, tau_image, tau_text, CONTRASTIVE_RHO, gamma=GAMMA)
+
+
+CONTRASTIVE_LOSSES = {
+    "official eager": official_pairs,
+    "official compiled": official_pairs_compiled,
+    "open_clip's formula": open_clip,
+    "tempnet_kernels": ours_pairs,
+}
+
+if torch.cuda.is_available():
+
+    def ours_pairs_in_triton(image, text, tau_image, tau_text):
+        return dro_contrastive(
+            image, text, tau_image, tau_text, CONTRASTIVE_RHO, gamma=GAMMA, backend="triton"
+        )
+
+    CONTRASTIVE_LOSSES["tempnet_kernels, triton"] = ours_pairs_in_triton
+
+if torch.cuda.is_available() and importlib.util.find_spec("inf_cl"):
+    from inf_cl import cal_inf_loss
+
+    def inf_cl(image, text, tau_image, tau_text):
+        """One temperature, softmax with the positive; it upcasts 16-bit features."""
+        a, b = image / tau_image[0], text / tau_image[0]
+        return (cal_inf_loss(a, text) + cal_inf_loss(b, image)) / 2
+
+    CONTRASTIVE_LOSSES["Inf-CL"] = inf_cl

@@ -46,15 +46,21 @@ def table(info):
 
 
 def contrastive_picture(infos, path):
-    """Time and peak memory against the batch."""
+    """Time and peak memory against the batch, at the first width and dtype."""
+    infos = [x for x in infos if (x["d"], x["dtype"]) == (infos[0]["d"], infos[0]["dtype"])]
     figure, axes = plt.subplots(1, 2, figsize=(11, 4.2), layout="constrained")
     batches = [x["n"] for x in infos]
+    nothing = [math.nan]  # it ran out of memory there
     for name in infos[0]["time_ms"]:
-        axes[0].plot(batches, [median(x["time_ms"][name]) for x in infos], "o-", label=name)
-        axes[1].plot(batches, [x["peak_extra_mib"][name] for x in infos], "o-", label=name)
+        times = [median(x["time_ms"].get(name, nothing)) for x in infos]
+        axes[0].plot(batches, times, "o-", label=name)
+        peaks = [x["peak_extra_mib"].get(name, math.nan) for x in infos]
+        axes[1].plot(batches, peaks, "o-", label=name)
     for axis, label in zip(axes, ("time, ms", "extra peak memory, MiB"), strict=True):
-        axis.set(xscale="log", yscale="log", xlabel=f"B (D = {infos[0]['d']})", ylabel=label)
+        xlabel = f"B (D = {infos[0]['d']}, {infos[0]['dtype']})"
+        axis.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=label)
         axis.set_xticks(batches, batches)
+        axis.minorticks_off()
     axes[0].legend(frameon=False)
     figure.suptitle(infos[0]["environment"]["device"])
     figure.savefig(path, dpi=130)

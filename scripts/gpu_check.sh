@@ -7,7 +7,7 @@
 # test      every test, with CUDA tensors on native and Triton
 # sanitize  compute-sanitizer's memcheck, racecheck and initcheck over small shapes
 # bench     against the copy bandwidth and the peers that are installed; writes
-#           benchmarks/results/<gpu>/ (or $RESULTS)
+#           benchmarks/results/<gpu>/ (or $RESULTS); $OPS picks the ops
 set -euo pipefail
 cd "$(dirname "$0")/.."
 PYTHON=${PYTHON:-python3}
@@ -37,13 +37,14 @@ sanitize() {
 }
 
 bench() {
-  local gpu results
+  local gpu results op
   gpu=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0].lower())')
   results=${RESULTS:-benchmarks/results/$gpu}
   mkdir -p "$results"
-  "$PYTHON" -m pytest benchmarks/bench_dro_cross_entropy.py -q \
-    --benchmark-json="$results/dro_cross_entropy.json"
-  "$PYTHON" benchmarks/report.py "$results/dro_cross_entropy.json"
+  for op in ${OPS:-dro_cross_entropy dro_contrastive}; do
+    "$PYTHON" -m pytest "benchmarks/bench_$op.py" -q --benchmark-json="$results/$op.json"
+    "$PYTHON" benchmarks/report.py "$results/$op.json"
+  done
 }
 
 for step in "${@:-build test sanitize bench}"; do

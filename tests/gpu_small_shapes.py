@@ -3,7 +3,7 @@
 import torch
 from test_dro_cross_entropy import CUDA_SHAPES
 
-from tempnet_kernels import dro_cross_entropy
+from tempnet_kernels import _similarity, dro_contrastive, dro_cross_entropy
 
 
 def run(wide, target, tau, v, first, **options):
@@ -13,6 +13,27 @@ def run(wide, target, tau, v, first, **options):
     (2 * loss.sum()).backward()
     with torch.no_grad():
         dro_cross_entropy(logits, target, tau, 0.5, backend="native", **options)
+
+
+def run_contrastive(dtype, m, n, **options):
+    image = torch.randn(m, 24, device="cuda").to(dtype).requires_grad_()
+    text = torch.randn(n, 24, device="cuda").to(dtype).requires_grad_()
+    tau = torch.rand(m, device="cuda") + 0.5
+    dro_contrastive(image, text, tau, tau, backend="native", **options).backward()
+
+
+def contrastive(dtype):
+    """Tiles whose columns are whole groups and tiles whose are not, several of them, with and
+    without ids and mask."""
+    _similarity.TILE_ROWS, _similarity.TILE_BYTES = {"cuda": 64}, {"cuda": 1}
+    for m, n in ((1, 1), (70, 70), (130, 1028), (33, 601)):
+        run_contrastive(dtype, m, n)
+        ids = torch.randint(40, (n,), device="cuda")
+        mask = torch.rand(m, n, device="cuda") < 0.5
+        positive = torch.randperm(n, device="cuda")[:m]
+        run_contrastive(
+            dtype, m, n, image_ids=ids, negative_mask=mask, positive=positive, include_positive=True
+        )
 
 
 def main():
@@ -25,6 +46,7 @@ def main():
             run(wide, target, tau, v, first)
             run(wide, target, tau, v, first, reduction="none", return_stats=True)
             run(wide, target, tau, v, first, label_smoothing=0.1, z_loss=1e-3)
+        contrastive(dtype)
         torch.cuda.synchronize()
         print(dtype, "done")
 
