@@ -29,6 +29,17 @@ def check_like(function, argument, tensor, shape, device):
         raise ValueError(f"{function}: {argument} must be on {device}, got {tensor.device}")
 
 
+def check_has_float64(function, argument, tensor, backend):
+    """The kernels for a GPU, and Triton's interpreter, have no float64."""
+    if tensor.dtype == torch.float64 and (
+        backend == "triton" or (backend == "native" and tensor.is_cuda)
+    ):
+        raise TypeError(
+            f"{function}: {argument} must be float32, bfloat16 or float16 for backend {backend!r} "
+            f"on {tensor.device.type}, got torch.float64; use backend='reference'"
+        )
+
+
 def check_integers(function, argument, tensor, shape, device):
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{function}: {argument} must be a tensor, got {type(tensor).__name__}")

@@ -19,9 +19,16 @@ from typing import NamedTuple
 import torch
 
 from tempnet_kernels import _register
-from tempnet_kernels._checks import check_integers, check_like, once_differentiable, temperatures
+from tempnet_kernels._checks import (
+    check_has_float64,
+    check_integers,
+    check_like,
+    once_differentiable,
+    temperatures,
+)
 from tempnet_kernels.dro_cross_entropy import accumulation_dtype
 
+# On a GPU the order is that of dro_cross_entropy; it has not been measured for this op.
 AUTO = {"cpu": ("native",), "cuda": ("native", "triton")}
 
 # Similarities of at most this many bytes are kept in fp32 for the backward, which saves one of four
@@ -278,12 +285,13 @@ def dro_contrastive(
 
     S is visited in tiles, once in the forward and once in the backward, and never held whole unless
     it fits in 64 MiB. Sums are in float32 (float64 for float64 features) and in a fixed order:
-    equal input gives equal bits. On the CPU a visit needs a tile of 4 MiB and, for 16-bit features,
-    their float32 copies.
+    equal input gives equal bits. A visit needs a tile of 4 MiB and, for 16-bit features, their
+    float32 copies; on a GPU a tile of 256 MiB, and 128 MiB of weights for 16-bit features, which
+    are multiplied as they are.
 
     Args:
-        image: ``[M, D]`` features, float32, bfloat16 or float16 (float64 on the CPU); usually
-            normalised, which is not checked.
+        image: ``[M, D]`` features, float32, bfloat16 or float16 (float64 on the CPU, or with
+            backend "reference"); usually normalised, which is not checked.
         text: ``[N, D]`` features of the same dtype, N >= M. Columns that are no row's pair (a
             memory bank, gathered features) are negatives of the images and get no term of their
             own. To have more images than texts, exchange the two sides.
@@ -301,7 +309,9 @@ def dro_contrastive(
         positive: ``[M]`` integers, the column of each row's pair, all different. Default: column i
             for row i.
         return_stats: also return :class:`ContrastiveStats`.
-        backend: "auto", "native" (C++ on the CPU) or "reference" (PyTorch; holds S several times).
+        backend: "auto", "native" (C++ on the CPU, CUDA C++ on a GPU), "triton" (GPU) or "reference"
+            (PyTorch; holds S several times). "auto" is native; on a GPU without the compiled
+            extension, Triton.
 
     Returns:
         The loss, 0-d float32 (float64 for float64 features); with ``return_stats`` the pair
@@ -327,6 +337,7 @@ def dro_contrastive(
         raise ValueError(f"{name}: rho must be finite, got {rho}")
     device = image.device
     chosen = _register.pick(name, "similarity_stats_", backend, AUTO, device)
+    check_has_float64(name, "image", image, chosen)
 
     tau_image = temperatures(name, "tau_image", tau_image, (m,), device, acc)
     tau_text = temperatures(name, "tau_text", tau_text, (m,), device, acc)

@@ -17,7 +17,12 @@ from typing import NamedTuple
 import torch
 
 from tempnet_kernels import _register
-from tempnet_kernels._checks import check_like, once_differentiable, temperatures
+from tempnet_kernels._checks import (
+    check_has_float64,
+    check_like,
+    once_differentiable,
+    temperatures,
+)
 
 # What backend="auto" takes per device type: the first that is built. On an H100 native is the
 # faster from V = 8192 on (benchmarks/results/h100/, benchmarks/NOTES.md).
@@ -287,12 +292,7 @@ def dro_cross_entropy(
     vocab_size = logits.shape[-1]
     acc = accumulation_dtype(logits.dtype)
     chosen = _register.pick(name, "dro_cross_entropy_fwd", backend, AUTO, logits.device)
-    narrow = chosen == "triton" or (chosen == "native" and logits.is_cuda)
-    if narrow and logits.dtype == torch.float64:
-        raise TypeError(
-            f"{name}: logits must be float32, bfloat16 or float16 for backend {chosen!r} on "
-            f"{logits.device.type}, got torch.float64; use backend='reference'"
-        )
+    check_has_float64(name, "logits", logits, chosen)
 
     rows_target = target.reshape(-1)  # (N,)
     n = rows_target.shape[0]

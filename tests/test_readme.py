@@ -17,7 +17,8 @@ def test_examples_run_in_order():
     namespace = {}
     for block in blocks:
         exec(block, namespace)
-    tau, stats = namespace["tau"], namespace["stats"]
+    assert namespace["tau_image"].grad.isfinite().all()
+    tau, stats = namespace["tau"], namespace["token_stats"]
     expected = (5.0 - stats.kl[[0, 1, 3]]) / 3
     assert tau.grad[[0, 1, 3]].sub(expected).abs().max() < 1e-6 and tau.grad[2] == 0
 

@@ -111,7 +111,7 @@ TEMPNET_DEVICE Anchor load_anchor(const Tile& tile, int r, int first, int column
   if (r >= tile.rows) return anchor;
   const int64_t y = tile.positive[tile.row_begin + r];
   const int64_t at = y - tile.column_begin - first;
-  if (at >= 0 && at < columns) anchor.at = int(at);
+  if (at >= 0 && at < min(columns, tile.columns - first)) anchor.at = int(at);
   if (kMasked && tile.ids && y >= 0 && y < tile.n) {
     anchor.image = tile.ids[y];
     anchor.text = tile.ids[tile.n + y];
