@@ -1,54 +1,80 @@
-"""Compiles the token-loss kernels for one architecture and prints what the compiler says of each,
-as JSON."""
+"""Compiles the kernels for one architecture and prints what the compiler says of each, as JSON."""
 
 import json
 import re
 import subprocess
 import sys
 import tempfile
+from itertools import product
 from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from tempnet_kernels.triton import dro_cross_entropy as kernels
+from tempnet_kernels.triton import dro_contrastive as contrastive
+from tempnet_kernels.triton import dro_cross_entropy as token
 
 VOCABULARIES = (32000, 50304, 128256, 262144, 50257)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 POINTERS = {
-    "logits_ptr": "*{dtype}", "grad_ptr": "*{dtype}", "target_ptr": "*i64", "tau_ptr": "*fp32",
-    "scale_ptr": "*fp32", "loss_ptr": "*fp32", "rows_ptr": "*fp32", "argmax_ptr": "*i64",
-}  # fmt: skip
+    "logits_ptr": "*{dtype}", "grad_ptr": "*{dtype}", "weights_ptr": "*{dtype}",
+    "target_ptr": "*i64", "argmax_ptr": "*i64", "positive_ptr": "*i64", "ids_ptr": "*i32",
+    "mask_ptr": "*i1",
+}  # the others: *fp32  # fmt: skip
 FLOATS = ("rho", "log_v", "label_smoothing", "z_loss")
+ONES = ("target_stride", "tau_stride", "scale_stride")
+# Multiples of 16 where the launch is aligned.
+ALIGNED = (
+    "v", "logits_stride", "grad_stride", "weights_stride", "stride", "width", "row_begin",
+    "column_begin",
+)  # fmt: skip
 
 
-def variants(v, dtype):
-    """(kernel, its constexprs, num_warps): every launch of the package at this shape."""
-    for grad, smooth, argmax in ((True, False, False), (False, False, False), (True, True, True)):
-        kernel, block, num_warps = kernels.config(v, smooth or argmax)
-        flags = {"UNSCALED": dtype == "fp16", "WANT_GRAD": grad, "WANT_ARGMAX": argmax}
-        yield kernel, {**flags, "SMOOTH": smooth, "BLOCK": block}, num_warps
-    yield kernels.bwd_kernel, {"BLOCK": kernels.ELEMENTWISE_BLOCK}, 8
-    yield kernels.scale_kernel, {"BLOCK": kernels.ELEMENTWISE_BLOCK}, 8
+def token_loss():
+    """(shape, kernel, constexprs, num_warps, dtype, aligned): every launch at these shapes."""
+    for v in VOCABULARIES:
+        for dtype in ("bf16", "fp32") if v != 32000 else ("bf16", "fp32", "fp16"):
+            end = (dtype, v % 16 == 0)
+            for grad, extras in ((True, False), (False, False), (True, True)):
+                kernel, block, num_warps = token.config(v, extras)
+                flags = {"UNSCALED": dtype == "fp16", "WANT_GRAD": grad, "WANT_ARGMAX": extras}
+                yield f"V={v}", kernel, {**flags, "SMOOTH": extras, "BLOCK": block}, num_warps, *end
+            for kernel in (token.bwd_kernel, token.scale_kernel):
+                yield f"V={v}", kernel, {"BLOCK": token.ELEMENTWISE_BLOCK}, 8, *end
 
 
-def source(kernel, constexprs, v, dtype):
+def contrastive_loss():
+    num_warps = contrastive.NUM_WARPS
+    for vec, ids, mask in product((4, 1), (False, True), (False, True)):
+        flags = {"HAS_IDS": ids, "HAS_MASK": mask, "INCLUDE_POSITIVE": mask, "VEC": vec}
+        begin, aligned = f"VEC={vec}", vec == 4
+        stats = {**flags, "WARPS": num_warps, **contrastive.STATS}
+        yield begin, contrastive.stats_kernel, stats, num_warps, "fp32", aligned
+        if ids == mask:
+            merge = {"COUNTED": ids, **contrastive.MERGE}
+            yield begin, contrastive.merge_kernel, merge, num_warps, "fp32", aligned
+            weights = {**flags, **contrastive.WEIGHTS}
+            for dtype in ("fp32", "bf16"):
+                yield begin, contrastive.weights_kernel, weights, num_warps, dtype, aligned
+
+
+def source(kernel, constexprs, dtype, aligned):
     signature, attributes = {}, {}
     for position, name in enumerate(kernel.arg_names):
         if name in constexprs:
             signature[name] = "constexpr"
-        elif name in POINTERS:
-            signature[name] = POINTERS[name].format(dtype=dtype)
+        elif name.endswith("_ptr"):
+            signature[name] = POINTERS.get(name, "*fp32").format(dtype=dtype)
             attributes[(position,)] = [["tt.divisibility", 16]]
         elif name in FLOATS:
             signature[name] = "fp32"
-        elif name in ("target_stride", "tau_stride", "scale_stride"):
+        elif name in ONES:
             signature[name] = "constexpr"  # the launcher specialises a stride of 1
             constexprs = {**constexprs, name: 1}
         else:
             signature[name] = "i32"
-            if v % 16 == 0 and name in ("v", "logits_stride", "grad_stride"):
+            if aligned and name in ALIGNED:
                 attributes[(position,)] = [["tt.divisibility", 16]]
     return ASTSource(kernel, signature, constexprs, attributes)
 
@@ -72,32 +98,34 @@ def clamped(ptx):
     return len(arguments), sum(argument in bounded for argument in arguments)
 
 
+def compile_one(target, kernel, constexprs, num_warps, dtype, aligned):
+    options = {"num_warps": num_warps, "num_stages": 1}
+    code = source(kernel, constexprs, dtype, aligned)
+    binary = triton.compile(code, target=target, options=options)
+    ptx = binary.asm["ptx"]
+    registers, local, stack = resources(binary.asm["cubin"])
+    exponentials, bounded = clamped(ptx)
+    return {
+        "registers": registers,
+        "spills": local + stack,
+        "exponentials": exponentials or kernel is token.scale_kernel,
+        "clamped_exponentials": bounded,
+        "atomics": bool(re.search(r"^\s*(?:@\S+\s+)?(?:atom|red)\.", ptx, re.M)),
+    }
+
+
 def main(architecture):
     target = GPUTarget("cuda", architecture, 32)
     report, seen = [], {}
-    for v in VOCABULARIES:
-        for dtype in ("bf16", "fp32") if v != 32000 else ("bf16", "fp32", "fp16"):
-            for kernel, constexprs, num_warps in variants(v, dtype):
-                # Only a shape that changes what is compiled is compiled again.
-                key = (kernel.fn.__name__, dtype, num_warps, v % 16 == 0, *constexprs.values())
-                if key not in seen:
-                    options = {"num_warps": num_warps, "num_stages": 1}
-                    binary = triton.compile(
-                        source(kernel, constexprs, v, dtype), target=target, options=options
-                    )
-                    ptx = binary.asm["ptx"]
-                    registers, local, stack = resources(binary.asm["cubin"])
-                    exponentials, bounded = clamped(ptx)
-                    seen[key] = {
-                        "registers": registers,
-                        "spills": local + stack,
-                        "exponentials": exponentials or kernel is kernels.scale_kernel,
-                        "clamped_exponentials": bounded,
-                        "atomics": bool(re.search(r"^\s*(?:@\S+\s+)?(?:atom|red)\.", ptx, re.M)),
-                    }
-                flags = "".join(str(int(x)) for x in list(constexprs.values())[:-1])
-                name = f"{kernel.fn.__name__} {flags} V={v} {dtype} sm_{architecture}"
-                report.append({"name": name, "v": str(v), **seen[key]})
+    for op in (token_loss, contrastive_loss):
+        for shape, kernel, constexprs, *rest in op():
+            # Only a shape that changes what is compiled is compiled again.
+            key = (kernel.fn.__name__, *constexprs.values(), *rest)
+            if key not in seen:
+                seen[key] = compile_one(target, kernel, constexprs, *rest)
+            flags = "".join(str(int(x)) for x in constexprs.values() if isinstance(x, bool))
+            name = f"{kernel.fn.__name__} {flags} {shape} {rest[1]} sm_{architecture}"
+            report.append({"name": name, "op": op.__name__, "shape": shape, **seen[key]})
     print(json.dumps(report))
 
 

@@ -1,5 +1,6 @@
 """What every test file uses: backends, dtypes, devices; and NaN in memory nobody wrote."""
 
+import contextlib
 import os
 
 # Without a GPU the Triton kernels run in the interpreter; it is chosen when triton is imported.
@@ -50,3 +51,46 @@ def simd_level(request):
     _C.set_cpu_capability(request.param)
     yield request.param
     _C.set_cpu_capability(highest)
+
+
+@pytest.fixture(params=["reference", "native", "triton", "emulated"])
+def backend(request, monkeypatch):
+    """A backend of the contrastive loss. Where there is a GPU, tensors are made there. "emulated"
+    is native on the CPU with the CUDA kernels in the emulator."""
+    import emulated
+
+    device, name = DEVICE, request.param
+    if name == "emulated":
+        monkeypatch.setattr(
+            "tempnet_kernels._similarity._op", emulated.ContrastiveOperators(emulated.load())
+        )
+        device, name = "cpu", "native"
+    with torch.device(device) if torch.cuda.is_available() else contextlib.nullcontext():
+        yield name
+
+
+@pytest.fixture
+def small_tiles(monkeypatch):
+    """Several tiles in both directions, the last ones ragged."""
+    monkeypatch.setattr("tempnet_kernels._similarity.TILE_ROWS", dict.fromkeys(("cpu", "cuda"), 64))
+    monkeypatch.setattr("tempnet_kernels._similarity.TILE_BYTES", dict.fromkeys(("cpu", "cuda"), 1))
+
+
+@pytest.fixture
+def wide_products(monkeypatch):
+    """Products of 16-bit matrices with float32 results on the CPU, as on a GPU."""
+
+    def mm(a, b, out_dtype, *, out):
+        return torch.mm(a.to(out_dtype), b.to(out_dtype), out=out)
+
+    def addmm(bias, a, b, out_dtype, *, beta=1, alpha=1, out):
+        return torch.addmm(
+            bias, a.to(out_dtype), b.to(out_dtype), beta=beta, alpha=alpha, out=out
+        )  # fmt: skip
+
+    monkeypatch.setattr("tempnet_kernels._similarity.WIDE_PRODUCTS", {"cpu", "cuda"})
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm.dtype_out", mm, "CPU")
+    library.impl("addmm.dtype_out", addmm, "CPU")
+    yield
+    library._destroy()

@@ -1,7 +1,6 @@
 """The token loss in Triton: one visit where a row fits in registers, two through the L2 cache
 above."""
 
-import contextlib
 import math
 
 import torch
@@ -9,6 +8,7 @@ import triton
 import triton.language as tl
 
 from tempnet_kernels._checks import check_target
+from tempnet_kernels.triton import device_of
 from tempnet_kernels.triton.online_softmax import (
     EMPTY,
     LN2,
@@ -254,10 +254,6 @@ def scale_kernel(grad_ptr, grad_stride, scale_ptr, scale_stride, v, BLOCK: tl.co
 ELEMENTWISE_BLOCK = 8192
 
 
-def _device(tensor):
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
-
-
 def _forward(
     logits, grad, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_argmax
 ):
@@ -270,7 +266,7 @@ def _forward(
     kernel, block, num_warps = config(v, want_argmax or label_smoothing > 0)
     out = logits if grad is None else grad
     if n:
-        with _device(logits):
+        with device_of(logits):
             kernel[(n,)](
                 logits, logits.stride(0), out, out.stride(0), target, target.stride(0),
                 tau, tau.stride(0), scale, scale.stride(0), loss, rows, argmax, n, v,
@@ -306,7 +302,7 @@ def dro_cross_entropy_bwd(logits, target, tau, scale, rows, ignore_index, label_
     n, v = logits.shape
     grad = logits.new_empty((n, v))
     if n:
-        with _device(logits):
+        with device_of(logits):
             bwd_kernel[(n, triton.cdiv(v, ELEMENTWISE_BLOCK))](
                 logits, logits.stride(0), grad, target, target.stride(0), tau, tau.stride(0),
                 scale, scale.stride(0), rows, n, v, ignore_index, label_smoothing, z_loss,
@@ -318,7 +314,7 @@ def dro_cross_entropy_bwd(logits, target, tau, scale, rows, ignore_index, label_
 def scale_rows_(grad, scale):
     n, v = grad.shape
     if n:
-        with _device(grad):
+        with device_of(grad):
             scale_kernel[(n, triton.cdiv(v, ELEMENTWISE_BLOCK))](
                 grad, grad.stride(0), scale, scale.stride(0), v,
                 BLOCK=ELEMENTWISE_BLOCK, num_warps=8,

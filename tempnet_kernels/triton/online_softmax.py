@@ -33,12 +33,19 @@ def update(m, s, sx, m_new, e_sum, ex_sum):
 
 
 @triton.jit
-def merge_all(m, s, sx):
-    """The state of the union of the partial rows that the lanes of three vectors hold."""
-    m_row = tl.max(m, 0)
-    d = m - m_row
+def sums_relative_to(m_new, m, s, sx):
+    """s and sx of the union over axis 0 of partial rows, relative to ``m_new`` >= ``m``."""
+    d = m - m_new
     f = tl.exp2(d)
-    return m_row, tl.sum(f * s, 0), tl.sum(f * (sx + weighted_exponent(s, d)), 0)
+    return tl.sum(f * s, 0), tl.sum(f * (sx + weighted_exponent(s, d)), 0)
+
+
+@triton.jit
+def merge_all(m, s, sx):
+    """The state of the union over axis 0 of partial rows."""
+    m_row = tl.max(m, 0)
+    s_row, sx_row = sums_relative_to(m_row, m, s, sx)
+    return m_row, s_row, sx_row
 
 
 @triton.jit

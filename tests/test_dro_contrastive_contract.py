@@ -1,0 +1,230 @@
+"""The contrastive loss: what odd input gets, and what PyTorch must be able to do with it."""
+
+import math
+
+import pytest
+import torch
+from contrastive import RHO, check, definition, leaves, make, states
+
+from tempnet_kernels import _register, dro_contrastive
+
+
+def test_anchor_without_negatives_has_no_term_and_keeps_its_state(backend):
+    b = 9
+    ids = torch.arange(b)
+    negative = torch.ones(b, b, dtype=torch.bool)
+    negative[4] = negative[:, 4] = False
+    log_s = states(b)
+    check(make(b), backend, negative_mask=negative, excluded=~negative, gamma=0.8, log_s=log_s)
+    for tensors, options in ((make(1), {}), (make(5), {"image_ids": ids[:5] * 0})):
+        got = leaves(tensors)
+        m = got[0].shape[0]
+        old = torch.full((m,), 0.5)
+        loss, stats = dro_contrastive(
+            *got, RHO, log_s_image=old, gamma=0.8, return_stats=True, backend=backend, **options
+        )
+        assert loss == 0
+        assert torch.equal(stats.log_s_image, old)
+        assert stats.log_s_text.isnan().all() and stats.kl_image.isnan().all()
+        assert all((g == 0).all() for g in torch.autograd.grad(loss, got))
+
+
+@pytest.mark.parametrize("low", [0.005, 1e-3])
+def test_small_temperatures_stay_finite(backend, low):
+    tensors = make(40, low=low)
+    got = leaves((*tensors[:2], tensors[2] * 0 + low, tensors[3] * 0 + low))
+    loss = dro_contrastive(*got, RHO, backend=backend)
+    grads = torch.autograd.grad(loss, got)
+    assert all(t.isfinite().all() for t in (loss, *grads))
+    exact = leaves(got, torch.float64)
+    value, surrogate, *_ = definition(*exact)
+    torch.testing.assert_close(loss.double(), value, rtol=1e-5, atol=0)
+    # The exponent's error is that of a similarity in float32 over the temperature.
+    for g, e in zip(grads, torch.autograd.grad(surrogate, exact), strict=True):
+        assert (g - e).norm() <= 4 * torch.finfo(torch.float32).eps / low * e.norm()
+
+
+def test_0d_and_number_temperatures(backend):
+    image, text, *_ = make(12)
+    tau = torch.tensor(0.2, requires_grad=True)
+    loss = dro_contrastive(image, text, tau, 0.3, RHO, backend=backend)
+    (grad,) = torch.autograd.grad(loss, tau)
+    rows = torch.full((12,), 0.2, requires_grad=True)
+    same = dro_contrastive(image, text, rows, 0.3, RHO, backend=backend)
+    assert torch.equal(loss, same)
+    torch.testing.assert_close(grad, torch.autograd.grad(same, rows)[0].sum())
+
+
+@pytest.mark.parametrize("bad", [math.nan, 0.0, -1.0])
+def test_bad_temperature_gives_nan(backend, bad):
+    tensors = leaves(make(6))
+    tau = tensors[2].detach().clone()
+    tau[2] = bad
+    old = torch.zeros(6)
+    loss, stats = dro_contrastive(
+        tensors[0], tensors[1], tau, tensors[3], log_s_image=old, gamma=0.5, return_stats=True,
+        backend=backend,
+    )  # fmt: skip
+    assert loss.isnan()
+    assert stats.log_s_image.isfinite().all()  # a bad batch does not reach the state
+    assert torch.autograd.grad(loss, tensors[0])[0][2].isnan().all()
+
+
+def test_nan_feature_gives_nan_and_leaves_the_state(backend):
+    image, text, *taus = make(6)
+    text[3, 1] = math.nan
+    old = torch.arange(6.0)
+    loss, stats = dro_contrastive(
+        image, text, *taus, log_s_text=old, gamma=0.5, return_stats=True, backend=backend
+    )
+    assert loss.isnan()
+    assert stats.log_s_text[3] == old[3]
+
+
+def test_gradients_only_where_wanted_and_two_backwards_agree(backend):
+    image, text, *taus = make(30)
+    image.requires_grad_()
+    loss = dro_contrastive(image, text, *taus, RHO, backend=backend)
+    (first,) = torch.autograd.grad(loss, image, retain_graph=True)
+    (again,) = torch.autograd.grad(loss, image)
+    assert torch.equal(first, again)
+    tau = taus[0].requires_grad_()
+    loss = dro_contrastive(image.detach(), text, tau, 0.1, RHO, backend=backend)
+    assert torch.autograd.grad(3 * loss, tau)[0].norm() > 0
+    image, text, *taus = leaves((image, text, *taus))
+    loss = dro_contrastive(image, text, *taus, backend=backend)
+    with pytest.raises(RuntimeError, match="dro_contrastive: there is no second derivative"):
+        torch.autograd.grad(loss, image, create_graph=True)
+
+
+def test_no_pairs(backend):
+    image = torch.zeros(0, 4, requires_grad=True)
+    loss = dro_contrastive(image, torch.zeros(0, 4), 0.1, 0.1, backend=backend)
+    assert loss.isnan()
+    assert torch.autograd.grad(loss, image)[0].shape == (0, 4)
+
+
+def test_one_temperature_per_anchor_not_per_candidate():
+    """Raising text anchor 0's temperature does not change the images' terms."""
+    image, text, tau_image, tau_text = make(8)
+    hotter = tau_text.clone()
+    hotter[0] *= 2
+    stats = [
+        dro_contrastive(image, text, tau_image, t, return_stats=True)[1] for t in (tau_text, hotter)
+    ]
+    assert torch.equal(stats[0].kl_image, stats[1].kl_image)
+    assert torch.equal(stats[0].kl_text[1:], stats[1].kl_text[1:])
+    assert stats[0].kl_text[0] > stats[1].kl_text[0]
+
+
+def test_opcheck(backend):
+    image, text, tau_image, tau_text = make(9)
+    op = getattr(torch.ops.tempnet.dro_contrastive_stats, backend)
+    positive = torch.arange(9)
+    ids = torch.empty((0, 9), dtype=torch.int32)
+    mask = torch.empty((0, 9), dtype=torch.bool)
+    # opcheck compares with ==, which the NaN of a column's positive fails: not autograd's business.
+    tests = ("test_schema", "test_faketensor")
+    arguments = (image, text, 1 / tau_image, 1 / tau_text, positive, ids, mask, True, True)
+    torch.library.opcheck(op, arguments, test_utils=tests)
+    rows, columns = torch.rand(2, 3, 9)
+    options = (positive, ids, mask, True)
+    for want in ((True, True), (True, False), (False, True)):
+        torch.library.opcheck(
+            getattr(torch.ops.tempnet.dro_contrastive_grad, backend),
+            (image, text, image.new_empty((0, 0)), rows, columns, rows[0], *options, *want),
+            test_utils=tests,
+        )
+    if backend != "reference":
+        similarity = image @ text.T
+        states = torch.rand(2, 5, 9)
+        stats = getattr(torch.ops.tempnet.similarity_stats_, backend)
+        torch.library.opcheck(
+            stats, (*states, similarity, 0, 0, 1 / tau_image, 1 / tau_text, *options),
+            test_utils=tests,
+        )  # fmt: skip
+        weights = getattr(torch.ops.tempnet.similarity_weights_, backend)
+        torch.library.opcheck(
+            weights, (similarity.clone(), similarity, 0, 0, rows, columns, *options),
+            test_utils=tests,
+        )  # fmt: skip
+
+
+def test_compiles_without_a_graph_break(backend, monkeypatch):
+    monkeypatch.setattr(_register, "_available", {})  # as in the first call of a process
+
+    def step(image, text, a, c):
+        return dro_contrastive(image, text, a, c, RHO, backend=backend)
+
+    torch.compiler.reset()
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+    for b in (8, 11):
+        tensors = make(b)
+        got, want = leaves(tensors), leaves(tensors)
+        loss, eager = compiled(*got), step(*want)
+        assert torch.equal(loss, eager)
+        for g, e in zip(
+            torch.autograd.grad(loss, got), torch.autograd.grad(eager, want), strict=True
+        ):
+            torch.testing.assert_close(g, e)
+
+
+def test_func_grad(backend):
+    tensors = make(7)
+    functional = torch.func.grad(
+        lambda image: dro_contrastive(image, *tensors[1:], RHO, backend=backend)
+    )(tensors[0])
+    got = leaves(tensors)
+    loss = dro_contrastive(*got, RHO, backend=backend)
+    assert torch.equal(functional, torch.autograd.grad(loss, got[0])[0])
+
+
+def test_autocast_does_not_round_the_similarities(backend):
+    tensors = make(20)
+
+    def run():
+        got = leaves(tensors)
+        loss = dro_contrastive(*got, RHO, backend=backend)
+        return (loss.detach(), *torch.autograd.grad(loss, got))
+
+    with torch.autocast(tensors[0].device.type, dtype=torch.bfloat16):
+        inside = run()
+    for got, expected in zip(inside, run(), strict=True):
+        assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        ({"image": torch.zeros(4)}, ValueError, "image must have 2 dimensions, got 1"),
+        ({"image": [1.0]}, TypeError, "image must be a tensor, got list"),
+        ({"text": torch.zeros(3, 8)}, ValueError, r"text must have shape \(N, 8\) with N >= 4"),
+        ({"text": torch.zeros(4, 7)}, ValueError, r"got \(4, 7\)"),
+        ({"text": torch.zeros(4, 8).half()}, TypeError, "text must be of image's torch.float32"),
+        ({"tau_image": 0}, ValueError, "tau_image must be a finite number > 0, got 0"),
+        ({"tau_text": torch.ones(5)}, ValueError, r"tau_text must have shape \(4,\), got \(5,\)"),
+        ({"tau_text": torch.ones(4).int()}, TypeError, "tau_text must be of a floating-point"),
+        ({"gamma": 0}, ValueError, r"gamma must be in \(0, 1\], got 0"),
+        ({"rho": math.inf}, ValueError, "rho must be finite, got inf"),
+        ({"log_s_text": torch.ones(3)}, ValueError, r"log_s_text must have shape \(4,\)"),
+        ({"log_s_image": 1.0}, TypeError, "log_s_image must be a tensor"),
+        ({"image_ids": torch.zeros(4)}, TypeError, "image_ids must be of an integer dtype"),
+        ({"text_ids": torch.zeros(3).long()}, ValueError, r"text_ids must have shape \(4,\)"),
+        ({"negative_mask": torch.ones(4, 4)}, TypeError, "negative_mask must be a bool tensor"),
+        ({"positive": torch.tensor([0, 1, 2, 4])}, IndexError, r"positive\[3\] must be in \[0, 4"),
+        ({"positive": torch.tensor([0, 1, 2, 2])}, ValueError, "positive must hold 4 different"),
+        ({"backend": "cuda"}, ValueError, "backend must be one of"),
+    ],
+)
+def test_bad_arguments_say_what_was_expected(change, error, message):
+    arguments = {
+        "image": torch.zeros(4, 8), "text": torch.zeros(4, 8), "tau_image": 0.1, "tau_text": 0.1,
+    }  # fmt: skip
+    with pytest.raises(error, match=f"dro_contrastive: .*{message}"):
+        dro_contrastive(**(arguments | change))
+
+
+def test_float64_on_a_backend_without_it_raises(device):
+    image = torch.zeros(4, 8, device=device).double()
+    with pytest.raises(TypeError, match=r"image must be .* for backend 'triton' on .*float64"):
+        dro_contrastive(image, image, 0.1, 0.1, backend="triton")
