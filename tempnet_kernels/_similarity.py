@@ -8,8 +8,8 @@ import torch
 TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 # Rows of a tile: a product with fewer is bound by the reading of the other operand.
 TILE_ROWS = {"cpu": 1024, "cuda": 4096}
-# Pairs whose positive is taken off at a time: a bound on the memory of that.
-POSITIVE_ROWS = 2048
+# Bytes of the features whose positives are taken off the gradients at a time.
+POSITIVE_BYTES = {"cpu": 512 << 10, "cuda": 32 << 20}
 # Where a product of 16-bit matrices accumulates in float32 and can return that. Elsewhere it would
 # round the similarities to 16 bits, so the features are copied to float32 first.
 WIDE_PRODUCTS = {"cuda"}
@@ -100,8 +100,10 @@ def dro_contrastive_grad(
         if want_text:
             _add_product(grad_text[c], weights.T, image[r])
     # The positives' share, which nearly cancels the rest, is not rounded to the weights' dtype.
-    for i in range(0, m, POSITIVE_ROWS):
-        r = slice(i, i + POSITIVE_ROWS)
+    bytes_of_pair = max(1, image.shape[1] * acc.itemsize)
+    step = max(1, POSITIVE_BYTES[image.device.type] // bytes_of_pair)
+    for i in range(0, m, step):
+        r = slice(i, i + step)
         at, minus = positive[r], -total[r, None]
         if want_image:
             grad_image[r].addcmul_(text[at].to(acc), minus)
