@@ -3,7 +3,6 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "../checks.h"
 #include "dro_contrastive.cuh"
 #include "on_device.h"
 
@@ -57,20 +56,6 @@ void similarity_stats_(Tensor rows, Tensor columns, Tensor similarity, int64_t r
   launch_stats(params, static_cast<float*>(parts.mutable_data_ptr()), on.stream);
 }
 
-template <class F>
-void for_dtype(const Tensor& tensor, F f) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::BFloat16:
-      return f(device::BFloat16{});
-    case ScalarType::Half:
-      return f(device::Half{});
-    default:
-      throw_bad_argument(kName, "weights", "float32, bfloat16 or float16 on a GPU");
-  }
-}
-
 void similarity_weights_(Tensor weights, Tensor similarity, int64_t row_begin, int64_t column_begin,
                          Tensor rows, Tensor columns, Tensor positive, Tensor ids, Tensor mask,
                          bool include_positive) {
@@ -82,7 +67,7 @@ void similarity_weights_(Tensor weights, Tensor similarity, int64_t row_begin, i
   params.columns = static_cast<const float*>(columns.const_data_ptr());
   params.weights = weights.mutable_data_ptr();
   params.stride = weights.stride(0);
-  for_dtype(weights, [&](auto zero) {
+  for_dtype(kName, "weights", weights, [&](auto zero) {
     using Z = decltype(zero);
     params.tile.aligned =
         aligned_groups(params.tile, static_cast<const Z*>(params.weights), params.stride);

@@ -7,7 +7,6 @@
 #include <cmath>
 #include <tuple>
 
-#include "../checks.h"
 #include "dro_cross_entropy_launch.cuh"
 #include "launch_plan.h"
 #include "on_device.h"
@@ -26,20 +25,6 @@ constexpr int64_t kMaxRows = (int64_t(1) << 28) - 1;  // times 8 CTAs a grid's f
 // What the code was compiled for, not what the device is: PTX of 8.0 that the driver compiles for a
 // 9.0 knows no clusters.
 int compiled_arch() { return attributes_of(scale_kernel<float>).ptxVersion; }
-
-template <class F>
-void for_dtype(const Tensor& tensor, F f) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::BFloat16:
-      return f(device::BFloat16{});
-    case ScalarType::Half:
-      return f(device::Half{});
-    default:
-      throw_bad_argument(kName, "logits", "float32, bfloat16 or float16 on a GPU");
-  }
-}
 
 Params shape_params(const Tensor& wide) {
   Params params{};
@@ -94,7 +79,7 @@ RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& targe
   params.argmax = want_argmax ? static_cast<int64_t*>(argmax.mutable_data_ptr()) : nullptr;
   // fp16 is stored unscaled: p / N underflows where no loss scale can bring it back.
   params.unscaled = logits.scalar_type() == ScalarType::Half;
-  for_dtype(logits, [&](auto zero) {
+  for_dtype(kName, "logits", logits, [&](auto zero) {
     using Z = decltype(zero);
     const Plan plan = plan_forward(n, params.v, sizeof(Z), aligned_rows<Z>(params), compiled_arch(),
                                    on.multiprocessors, mode_of(params), params.grad != nullptr);
@@ -136,7 +121,8 @@ Tensor dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor sc
   params.grad = grad.mutable_data_ptr();
   params.grad_stride = grad.stride(0);
   params.rows = static_cast<float*>(rows.mutable_data_ptr());
-  for_dtype(logits, [&](auto zero) { launch_backward<decltype(zero)>(params, on.stream); });
+  for_dtype(kName, "logits", logits,
+            [&](auto zero) { launch_backward<decltype(zero)>(params, on.stream); });
   return grad;
 }
 
@@ -147,7 +133,7 @@ void scale_rows_(Tensor grad, Tensor scale) {
   params.grad_stride = grad.stride(0);
   params.scale = static_cast<const float*>(scale.const_data_ptr());
   params.scale_stride = scale.stride(0);
-  for_dtype(grad, [&](auto zero) {
+  for_dtype(kName, "grad", grad, [&](auto zero) {
     launch_scale<decltype(zero)>(params, on.multiprocessors, on.stream);
   });
 }

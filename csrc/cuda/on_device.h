@@ -1,4 +1,4 @@
-// Where an operator's kernels are launched.
+// What the operators on a GPU share: where their kernels are launched, and for which type.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
@@ -8,7 +8,8 @@
 #include <stdexcept>
 #include <string>
 
-#include "device.cuh"
+#include "../checks.h"
+#include "row_reduce.cuh"
 
 namespace tempnet {
 
@@ -29,5 +30,22 @@ struct OnDevice {
   device::Stream stream;
   int multiprocessors;
 };
+
+// f(zero of the element type)
+template <class F>
+void for_dtype(const char* function, const char* argument, const torch::stable::Tensor& tensor,
+               F f) {
+  using torch::headeronly::ScalarType;
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return f(float{});
+    case ScalarType::BFloat16:
+      return f(device::BFloat16{});
+    case ScalarType::Half:
+      return f(device::Half{});
+    default:
+      throw_bad_argument(function, argument, "float32, bfloat16 or float16 on a GPU");
+  }
+}
 
 }  // namespace tempnet
