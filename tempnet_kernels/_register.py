@@ -67,6 +67,11 @@ def _lazy(name, module, *first):
     return call
 
 
+def operator(name, backend):
+    """The overload of ``backend``."""
+    return getattr(getattr(torch.ops.tempnet, name), backend)
+
+
 def load_native():
     """Import the compiled extensions that are there; each registers its kernels as ``.native``."""
     for extension in ("_C", "_C_cuda"):

@@ -3,6 +3,8 @@ one elementwise kernel of the backend, never an M x N matrix."""
 
 import torch
 
+from tempnet_kernels import _register
+
 # Bytes of a tile of similarities in the accumulation dtype. On the CPU a tile and its operands stay
 # in the last-level cache between the product and the elementwise kernel.
 TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
@@ -26,8 +28,7 @@ def _tiles(m, n, device, itemsize):
     ]
 
 
-def _op(name, backend):
-    return getattr(getattr(torch.ops.tempnet, name), backend)
+_op = _register.operator
 
 
 def _operand(features, acc):
@@ -39,6 +40,20 @@ def _multiply(a, b, out):
     if a.dtype == out.dtype:
         return torch.mm(a, b, out=out)
     return torch.mm(a, b, out_dtype=out.dtype, out=out)
+
+
+def _scale(rows, columns, dtype):
+    """A power of two that moves weights of float16 to the middle of its range, 0-d: of 2^18 pairs
+    each has 4e-6, a subnormal number, and w may be up to 2 / gamma."""
+    if dtype != torch.float16:
+        return None
+    largest = rows[2].amax() + columns[2].amax()  # q, which 2^(z a - m) <= 1 multiplies
+    scale = torch.exp2(torch.floor(torch.log2(2**14 / largest)))
+    return torch.where((largest > 0) & torch.isfinite(scale), scale, 1.0)
+
+
+def _with_scaled_q(parameters, scale):
+    return parameters if scale is None else torch.cat([parameters[:2], parameters[2:] * scale])
 
 
 def _add_product(out, a, b):
@@ -76,29 +91,22 @@ def dro_contrastive_grad(
     backend, image, text, similarity, rows, columns, total, positive, ids, mask, include_positive,
     want_image, want_text,
 ):  # fmt: skip
-    m, n = image.shape[0], text.shape[0]
+    m = image.shape[0]
     acc = rows.dtype
     image, text = _operand(image, acc), _operand(text, acc)
     grad_image = rows.new_zeros(image.shape if want_image else (0, 0))
     grad_text = rows.new_zeros(text.shape if want_text else (0, 0))
-    tiles = _tiles(m, n, image.device.type, acc.itemsize)
-    # The weights have the features' dtype, that of the products' other operand.
-    narrow = image.dtype != acc
-    weights_buffer = _buffer(rows, image.dtype, tiles)
-    tile_buffer = _buffer(rows, acc, tiles) if narrow and not similarity.numel() else weights_buffer
-    for r, c in tiles:
-        weights = _view(weights_buffer, r, c)
-        if similarity.numel():
-            tile = similarity[r, c]
-        else:
-            tile = _multiply(image[r], text[c].T, _view(tile_buffer, r, c))
-        _op("similarity_weights_", backend)(
-            weights, tile, r.start, c.start, rows, columns, positive, ids, mask, include_positive
-        )
-        if want_image:
-            _add_product(grad_image[r], weights, text[c])
-        if want_text:
-            _add_product(grad_text[c], weights.T, image[r])
+    if not m:
+        return grad_image, grad_text
+    scale = _scale(rows, columns, image.dtype)
+    rows, columns = _with_scaled_q(rows, scale), _with_scaled_q(columns, scale)
+    _add_weighted(
+        backend, grad_image if want_image else None, grad_text if want_text else None, image, text,
+        similarity, rows, columns, positive, ids, mask, include_positive,
+    )  # fmt: skip
+    if scale is not None:
+        grad_image.div_(scale)
+        grad_text.div_(scale)
     # The positives' share, which nearly cancels the rest, is not rounded to the weights' dtype.
     bytes_of_pair = max(1, image.shape[1] * acc.itemsize)
     step = max(1, POSITIVE_BYTES[image.device.type] // bytes_of_pair)
@@ -111,6 +119,31 @@ def dro_contrastive_grad(
             own = torch.addcmul(grad_text[at], image[r].to(acc), minus)
             grad_text.index_copy_(0, at, own)
     return grad_image, grad_text
+
+
+def _add_weighted(
+    backend, grad_image, grad_text, image, text, similarity, rows, columns, positive, ids, mask,
+    include_positive,
+):  # fmt: skip
+    """Adds W text and W^T image to the gradients that are not None, tile by tile."""
+    tiles = _tiles(image.shape[0], text.shape[0], image.device.type, rows.itemsize)
+    # The weights have the features' dtype, that of the products' other operand.
+    weights_buffer = tile_buffer = _buffer(rows, image.dtype, tiles)
+    if image.dtype != rows.dtype and not similarity.numel():
+        tile_buffer = _buffer(rows, rows.dtype, tiles)
+    for r, c in tiles:
+        weights = _view(weights_buffer, r, c)
+        if similarity.numel():
+            tile = similarity[r, c]
+        else:
+            tile = _multiply(image[r], text[c].T, _view(tile_buffer, r, c))
+        _op("similarity_weights_", backend)(
+            weights, tile, r.start, c.start, rows, columns, positive, ids, mask, include_positive
+        )
+        if grad_image is not None:
+            _add_product(grad_image[r], weights, text[c])
+        if grad_text is not None:
+            _add_product(grad_text[c], weights.T, image[r])
 
 
 def _buffer(like, dtype, tiles):

@@ -115,8 +115,7 @@ _register.define(
 _register.load_native()
 
 
-def _op(name, backend):
-    return getattr(getattr(torch.ops.tempnet, name), backend)
+_op = _register.operator
 
 
 class _Anchors(NamedTuple):
@@ -184,8 +183,7 @@ class _DROContrastive(torch.autograd.Function):
         log2e = 1 / math.log(2)
         row_a = log2e / tau_image  # (M,)
         text_a = log2e / tau_text  # (M,)
-        column_a = torch.full_like(text_a[:1], _NO_ANCHOR).expand(n)
-        column_a = column_a.scatter(0, positive, text_a)  # (N,)
+        column_a = text_a.new_full((n,), _NO_ANCHOR).scatter(0, positive, text_a)  # (N,)
         rows, columns, similarity = _op("dro_contrastive_stats", backend)(
             image, text, row_a, column_a, positive, ids, mask, include_positive, keep
         )
@@ -233,7 +231,7 @@ class _DROContrastive(torch.autograd.Function):
             return (None,) * 14
         image, text, positive, ids, mask, k_image, k_text, *saved, similarity = ctx.saved_tensors
         want = ctx.needs_input_grad
-        scale = grad_value / image.shape[0]
+        scale = grad_value / max(1, image.shape[0])  # of no pairs: gradients of 0, not NaN
         grad_image = grad_text = None
         if want[0] or want[1]:
             grads = _op("dro_contrastive_grad", ctx.backend)(
@@ -284,8 +282,10 @@ def dro_contrastive(
     one temperature, CLIP's loss is ``loss / (2 tau) + log B``.
 
     S is visited in tiles, once in the forward and once in the backward, and never held whole unless
-    it fits in 64 MiB. Sums are in float32 (float64 for float64 features) and in a fixed order:
-    equal input gives equal bits. A visit needs a tile of 4 MiB and, for 16-bit features, their
+    it fits in 64 MiB. S and all sums are in float32 (float64 for float64 features) and in a fixed
+    order: equal input gives equal bits. float32 features multiply on a GPU as torch is told to:
+    TensorFloat-32 (``torch.set_float32_matmul_precision``) puts an error of 1e-4 / tau into the
+    exponents. A visit needs a tile of 4 MiB and, for 16-bit features, their
     float32 copies; on a GPU a tile of 256 MiB, and 128 MiB of weights for 16-bit features, which
     are multiplied as they are.
 
@@ -322,13 +322,14 @@ def dro_contrastive(
     Raises:
         ValueError, TypeError: an argument is off; the message names it, what was expected and what
             came.
-        IndexError: an entry of ``positive`` outside [0, N), in CPU tensors.
+        IndexError: an entry of ``positive`` outside [0, N), in CPU tensors. On a GPU, and compiled,
+            the loss is NaN instead, and equal entries are not found.
         RuntimeError: the backend is not available here.
 
     Source: arXiv 2404.04575; official code ``Bimodal_CL/models/losses.py``.
     """
     name = "dro_contrastive"
-    _check_features(name, image, text)
+    check_features(name, image, text)
     m, n = image.shape[0], text.shape[0]
     acc = accumulation_dtype(image.dtype)
     if not 0 < gamma <= 1:
@@ -343,7 +344,9 @@ def dro_contrastive(
     tau_text = temperatures(name, "tau_text", tau_text, (m,), device, acc)
     log_s_image = _log_s(name, "log_s_image", log_s_image, m, device, acc)
     log_s_text = _log_s(name, "log_s_text", log_s_text, m, device, acc)
-    positive = _positive(name, positive, m, n, device)
+    positive, outside = _positive(name, positive, m, n, device)
+    if outside is not None:
+        tau_image = torch.where(outside, math.nan, tau_image)
     ids = _ids(name, image_ids, text_ids, n, device)
     mask = _negative_mask(name, negative_mask, m, n, device)
 
@@ -356,7 +359,7 @@ def dro_contrastive(
     return (value, ContrastiveStats(*stats[:6])) if return_stats else value
 
 
-def _check_features(name, image, text):
+def check_features(name, image, text):
     for argument, value in (("image", image), ("text", text)):
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name}: {argument} must be a tensor, got {type(value).__name__}")
@@ -388,12 +391,13 @@ def _log_s(name, argument, log_s, m, device, acc):
 
 
 def _positive(name, positive, m, n, device):
+    """(the columns, in [0, N); where they were not, or None if that has been checked)"""
     if positive is None:
-        return torch.arange(m, device=device)
+        return torch.arange(m, device=device), None
     check_integers(name, "positive", positive, (m,), device)
     positive = positive.long().contiguous()
+    outside = (positive < 0) | (positive >= n)
     if device.type == "cpu" and not torch.compiler.is_compiling():
-        outside = (positive < 0) | (positive >= n)
         if outside.any():
             row = int(outside.nonzero()[0])
             raise IndexError(
@@ -401,7 +405,9 @@ def _positive(name, positive, m, n, device):
             )
         if positive.unique().numel() < m:
             raise ValueError(f"{name}: positive must hold {m} different columns")
-    return positive
+        return positive, None
+    # Not read here, which would wait for the device: such a row is NaN.
+    return positive.clamp(0, n - 1), outside
 
 
 def _ids(name, image_ids, text_ids, n, device):

@@ -115,8 +115,7 @@ _register.define(
 _register.load_native()
 
 
-def _op(name, backend):
-    return getattr(getattr(torch.ops.tempnet, name), backend)
+_op = _register.operator
 
 
 class _DROCrossEntropy(torch.autograd.Function):

@@ -41,3 +41,22 @@ def assert_entropy_accurate(got, exact, vocab_size, name=""):
     error = (got.double() - exact).abs().max()
     bound = 2e-6 * max(1.0, math.log(vocab_size))
     assert error <= bound, f"{name}: error {error:.3e} > bound {bound:.3e}"
+
+
+def assert_graph_replays(step):
+    """A captured step gives what it gives uncaptured. Capture raises where anything waits for the
+    GPU."""
+    eager = [x.clone() for x in step()]
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    for x in captured:
+        x.fill_(7)
+    graph.replay()
+    for got, expected in zip(captured, eager, strict=True):
+        assert torch.equal(got, expected)

@@ -100,3 +100,10 @@ def states(m):
     log_s = torch.randn(2, m) * 0.5 + math.log(m)
     log_s[0, ::3] = math.nan
     return tuple(log_s)
+
+
+def features(b, d):
+    """Pairs of unit vectors that want a gradient."""
+    image = F.normalize(torch.randn(b, d), dim=1)
+    text = F.normalize(image + 0.3 * torch.randn(b, d), dim=1)
+    return image.requires_grad_(), text.requires_grad_()

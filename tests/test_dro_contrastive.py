@@ -13,6 +13,8 @@ from tempnet_kernels import _similarity, dro_contrastive
 from tempnet_kernels.reference.official import official_contrastive
 
 MODULE = sys.modules["tempnet_kernels.dro_contrastive"]
+# Backends with weights of 16 bits.
+NARROW = ["triton", "emulated"] + ["native"] * torch.cuda.is_available()
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.8])
@@ -50,7 +52,7 @@ def test_features_of_16_bits_lose_only_the_gradient_s_rounding(backend, dtype):
 
 @pytest.mark.parametrize("keep_bytes", [0, 64 << 20])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("backend", ["triton", "emulated"], indirect=True)
+@pytest.mark.parametrize("backend", NARROW, indirect=True)
 def test_weights_of_16_bits_as_on_a_gpu(
     wide_products, small_tiles, monkeypatch, backend, dtype, keep_bytes
 ):
@@ -67,9 +69,18 @@ def test_weights_of_16_bits_as_on_a_gpu(
         return seen if name == "similarity_weights_" else function
 
     monkeypatch.setattr(_similarity, "_op", op)
-    for m in (67, 96):  # ragged, aligned
+    for m in (67, 96, 65):  # ragged, aligned, a tile of one row
         check(make(m, dtype=dtype), backend, gamma=0.8, log_s=states(m))
     assert dtypes == {dtype}
+
+
+@pytest.mark.parametrize("backend", NARROW, indirect=True)
+@pytest.mark.parametrize("gamma", [1e-5, 1.0])
+def test_weights_of_float16_neither_overflow_nor_vanish(wide_products, backend, gamma):
+    """w is up to 1 / gamma after an average that was small, or 1 / B with many negatives."""
+    tensors = make(40, dtype=torch.float16, low=0.5 if gamma == 1 else 0.1)
+    old = None if gamma == 1 else torch.full((40,), -50.0)
+    check(tensors, backend, gamma=gamma, log_s=(old, old))
 
 
 def test_equal_ids_are_not_negatives_of_each_other(backend, small_tiles):
@@ -173,8 +184,9 @@ def test_a_tile_anywhere_has_the_states_and_weights_of_the_cpu_kernels(device, b
         )
         return (*states, weights)
 
-    for got, expected in zip(run("triton", device), run("native", "cpu"), strict=True):
-        torch.testing.assert_close(got.cpu(), expected, rtol=2e-6, atol=2e-6)
+    for backend in ["triton"] + ["native"] * (device != "cpu"):
+        for got, expected in zip(run(backend, device), run("native", "cpu"), strict=True):
+            torch.testing.assert_close(got.cpu(), expected, rtol=2e-6, atol=2e-6)
 
 
 def test_the_official_code_has_the_same_gradients_in_epoch_0_and_later(backend):

@@ -2,6 +2,7 @@
 
 import math
 
+import compare
 import pytest
 import torch
 from contrastive import RHO, check, definition, leaves, make, states
@@ -102,6 +103,22 @@ def test_no_pairs(backend):
     loss = dro_contrastive(image, torch.zeros(0, 4), 0.1, 0.1, backend=backend)
     assert loss.isnan()
     assert torch.autograd.grad(loss, image)[0].shape == (0, 4)
+    text = torch.zeros(5, 4, requires_grad=True)  # a rank without anchors
+    loss = dro_contrastive(image, text, 0.1, 0.1, backend=backend)
+    assert loss.isnan()
+    assert (torch.autograd.grad(loss, text)[0] == 0).all()
+
+
+def test_positive_out_of_range_is_nan_where_it_cannot_be_read():
+    """Compiled, and on a GPU: no read out of bounds."""
+    torch.compiler.reset()
+    image, text, *_ = make(6)
+    compiled = torch.compile(
+        lambda positive: dro_contrastive(image, text, 0.1, 0.1, positive=positive),
+        fullgraph=True, backend="aot_eager",
+    )  # fmt: skip
+    assert compiled(torch.arange(6)).isfinite()
+    assert compiled(torch.tensor([0, 1, 2, 3, 4, 6])).isnan()
 
 
 def test_one_temperature_per_anchor_not_per_candidate():
@@ -228,3 +245,23 @@ def test_float64_on_a_backend_without_it_raises(device):
     image = torch.zeros(4, 8, device=device).double()
     with pytest.raises(TypeError, match=r"image must be .* for backend 'triton' on .*float64"):
         dro_contrastive(image, image, 0.1, 0.1, backend="triton")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("name", ["native", "triton"])
+def test_cuda_graph_replays_a_step(name, dtype):
+    with torch.device("cuda"):
+        got = leaves(make(130, dtype=dtype))
+        log_s = states(130)[0]
+        ids, mask = torch.arange(130) // 2, torch.rand(130, 130) < 0.8
+        positive = torch.randperm(130)
+
+    def step():
+        loss = dro_contrastive(
+            *got, RHO, log_s_image=log_s, gamma=0.8, image_ids=ids, negative_mask=mask,
+            positive=positive, backend=name,
+        )  # fmt: skip
+        return loss.detach(), *torch.autograd.grad(loss, got)
+
+    compare.assert_graph_replays(step)

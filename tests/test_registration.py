@@ -4,6 +4,7 @@ autocast, import."""
 import subprocess
 import sys
 
+import compare
 import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -215,17 +216,4 @@ def test_cuda_graph_replays_a_step(backend, n, v):
         loss = dro_cross_entropy(z, target, t, 0.5, backend=backend)
         return loss.detach(), *torch.autograd.grad(loss, (z, t))
 
-    eager = [x.clone() for x in step()]
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    for x in captured:
-        x.fill_(7)
-    graph.replay()
-    for got, expected in zip(captured, eager, strict=True):
-        assert torch.equal(got, expected)
+    compare.assert_graph_replays(step)

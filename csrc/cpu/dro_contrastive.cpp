@@ -10,6 +10,7 @@
 
 #include "../checks.h"
 #include "../online_softmax.h"
+#include "../similarity_fields.h"
 #include "vectorize.h"
 
 namespace tempnet {
@@ -24,12 +25,6 @@ constexpr int64_t kStrip = 512;
 // Rows whose columns share one rescaling: 16 KiB of fp32 stay in the first-level cache between the
 // passes.
 constexpr int64_t kBlock = 8;
-
-// Fields of the states [kFields, M] and [kFields, N]; tempnet_kernels/dro_contrastive.py has the
-// same order.
-enum Field { kM, kS, kSx, kCount, kPositive, kFields };
-// Fields of the gradient's parameters: w = q 2^(z a - m).
-enum Parameter { kA, kShift, kQ };
 
 template <class T>
 struct Tile {
@@ -85,8 +80,8 @@ template <class T>
 struct StatsArgs {
   Tile<T> tile;
   const T *row_a, *column_a;  // [M], [N]
-  T* columns;                 // [kFields, N]
-  T* partial;                 // [strips, kFields, rows]
+  T* columns;                 // [kStateFields, N]
+  T* partial;                 // [strips, kStateFields, rows]
 };
 
 template <class T>
@@ -101,10 +96,10 @@ struct StatsStrips {
     const Tile<T>& tile = args.tile;
     const int64_t begin = strip * kStrip, count = std::min(kStrip, tile.columns - begin);
     const int64_t j0 = tile.column_begin + begin;
-    T* partial = args.partial + strip * kFields * tile.rows;
+    T* partial = args.partial + strip * kStateFields * tile.rows;
     const T* a = args.column_a + j0;
-    T *cm = args.columns + kM * tile.n + j0, *cs = args.columns + kS * tile.n + j0;
-    T *cx = args.columns + kSx * tile.n + j0, *cc = args.columns + kCount * tile.n + j0;
+    T *cm = args.columns + kStateM * tile.n + j0, *cs = args.columns + kStateS * tile.n + j0;
+    T *cx = args.columns + kStateSx * tile.n + j0, *cc = args.columns + kStateCount * tile.n + j0;
     T z[kBlock * kStrip], kept[kStrip], top[kStrip];
 
     for (int64_t r0 = 0; r0 < tile.rows; r0 += kBlock) {
@@ -114,7 +109,7 @@ struct StatsStrips {
       for (int64_t b = 0; b < block; ++b) {
         T* zb = z + b * kStrip;
         const int64_t r = r0 + b;
-        partial[kPositive * tile.rows + r] = load_row(tile, r, begin, count, zb, kept);
+        partial[kStatePositive * tile.rows + r] = load_row(tile, r, begin, count, zb, kept);
         T in_row = 0;
         if (tile.is_masked()) {
 #pragma omp simd reduction(+ : in_row)
@@ -123,7 +118,7 @@ struct StatsStrips {
             cc[j] += kept[j];
           }
         }
-        partial[kCount * tile.rows + r] = in_row;
+        partial[kStateCount * tile.rows + r] = in_row;
         T zmax = -std::numeric_limits<T>::infinity();
 #pragma omp simd reduction(max : zmax)
         for (int64_t j = 0; j < count; ++j) {  // the maxima drop NaN, which reaches s below
@@ -156,9 +151,9 @@ struct StatsStrips {
           cs[j] += w;
           cx[j] += w * v;
         }
-        partial[kM * tile.rows + r0 + b] = rm;
-        partial[kS * tile.rows + r0 + b] = s;
-        partial[kSx * tile.rows + r0 + b] = sx;
+        partial[kStateM * tile.rows + r0 + b] = rm;
+        partial[kStateS * tile.rows + r0 + b] = s;
+        partial[kStateSx * tile.rows + r0 + b] = sx;
       }
     }
   }
@@ -181,12 +176,12 @@ struct WeightsRows {
     T z[kStrip], kept[kStrip];
     for (int64_t r = begin; r < end; ++r) {
       const T* row = args.row_parameters + tile.row_begin + r;
-      const T ra = row[kA * args.m], rm = row[kShift * args.m], rq = row[kQ * args.m];
+      const T ra = row[kWeightA * args.m], rm = row[kWeightM * args.m], rq = row[kWeightQ * args.m];
       for (int64_t c = 0; c < tile.columns; c += kStrip) {
         const int64_t count = std::min(kStrip, tile.columns - c);
         const T* column = args.column_parameters + tile.column_begin + c;
-        const T *a = column + kA * tile.n, *m = column + kShift * tile.n;
-        const T* q = column + kQ * tile.n;
+        const T *a = column + kWeightA * tile.n, *m = column + kWeightM * tile.n;
+        const T* q = column + kWeightQ * tile.n;
         T* w = args.weights + r * args.stride + c;
         load_row(tile, r, c, count, z, kept);
 #pragma omp simd
@@ -224,7 +219,7 @@ template <class T>
 void run_stats(const Tile<T>& tile, const Tensor& rows, const Tensor& columns, const Tensor& row_a,
                const Tensor& column_a) {
   const int64_t strips = (tile.columns + kStrip - 1) / kStrip;
-  std::vector<T> partial(strips * kFields * tile.rows);
+  std::vector<T> partial(strips * kStateFields * tile.rows);
   StatsArgs<T> args{tile, static_cast<const T*>(row_a.const_data_ptr()),
                     static_cast<const T*>(column_a.const_data_ptr()),
                     static_cast<T*>(columns.mutable_data_ptr()), partial.data()};
@@ -235,19 +230,19 @@ void run_stats(const Tile<T>& tile, const Tensor& rows, const Tensor& columns, c
   const int64_t m = rows.size(1);
   T* out = static_cast<T*>(rows.mutable_data_ptr()) + tile.row_begin;
   for (int64_t strip = 0; strip < strips; ++strip) {
-    const T* p = partial.data() + strip * kFields * tile.rows;
+    const T* p = partial.data() + strip * kStateFields * tile.rows;
     for (int64_t r = 0; r < tile.rows; ++r) {
-      const auto field = [&](Field f) { return p[f * tile.rows + r]; };
+      const auto field = [&](StateField f) { return p[f * tile.rows + r]; };
       const RowState<T> merged =
-          merge(RowState<T>{out[kM * m + r], out[kS * m + r], out[kSx * m + r]},
-                RowState<T>{field(kM), field(kS), field(kSx)});
-      out[kM * m + r] = merged.m;
-      out[kS * m + r] = merged.s;
-      out[kSx * m + r] = merged.sx;
-      out[kCount * m + r] += field(kCount);
+          merge(RowState<T>{out[kStateM * m + r], out[kStateS * m + r], out[kStateSx * m + r]},
+                RowState<T>{field(kStateM), field(kStateS), field(kStateSx)});
+      out[kStateM * m + r] = merged.m;
+      out[kStateS * m + r] = merged.s;
+      out[kStateSx * m + r] = merged.sx;
+      out[kStateCount * m + r] += field(kStateCount);
       const int64_t p_column = tile.positive[tile.row_begin + r] - tile.column_begin;
       if (p_column / kStrip == strip && p_column >= 0 && p_column < tile.columns) {
-        out[kPositive * m + r] = field(kPositive);
+        out[kStatePositive * m + r] = field(kStatePositive);
       }
     }
   }

@@ -8,6 +8,7 @@
 // - weights_kernel: elementwise.
 #pragma once
 
+#include "../similarity_fields.h"
 #include "row_reduce.cuh"
 
 namespace tempnet {
@@ -25,12 +26,7 @@ constexpr int kHalves = kLanes / kWarp;            // warps along a row
 constexpr int kWeightColumns = kThreads * kGroup;  // of a CTA of weights_kernel
 constexpr int kWeightRows = 16;                    // the same
 
-// Fields of the states [kFields, M] and [kFields, N]; tempnet_kernels/dro_contrastive.py has the
-// same order.
-enum Field { kM, kS, kSx, kCount, kPositive, kFields };
-constexpr int kPartFields = kCount + 1;
-// Fields of the gradient's parameters: w = q 2^(z a - m).
-enum Parameter { kA, kShift, kQ };
+constexpr int kPartFields = kStateCount + 1;
 
 struct Tile {
   int64_t row_begin, column_begin, m, n;
@@ -38,7 +34,7 @@ struct Tile {
   const float* similarity;  // [rows, columns], column stride 1
   int64_t stride;
   bool aligned;  // groups of columns begin on 16 bytes, in the weights on as many columns
-  const int64_t* positive;  // [M]
+  const int64_t* positive;  // [M], in [0, N)
   const int32_t* ids;       // [2, N] or null; pairs that share one are no negatives
   const bool* mask;         // [M, N] or null; true for negatives
   int64_t mask_stride;
@@ -48,7 +44,7 @@ struct Tile {
 struct StatsParams {
   Tile tile;
   const float *row_a, *column_a;    // [M], [N]
-  float *rows, *columns;            // [kFields, M], [kFields, N]
+  float *rows, *columns;            // [kStateFields, M], [kStateFields, N]
   float *row_parts, *column_parts;  // [strips, kPartFields, rows], [chunks, kPartFields, columns]
   int strips, chunks, chunk_rows;
 };
@@ -112,7 +108,7 @@ TEMPNET_DEVICE Anchor load_anchor(const Tile& tile, int r, int first, int column
   const int64_t y = tile.positive[tile.row_begin + r];
   const int64_t at = y - tile.column_begin - first;
   if (at >= 0 && at < min(columns, tile.columns - first)) anchor.at = int(at);
-  if (kMasked && tile.ids && y >= 0 && y < tile.n) {
+  if (kMasked && tile.ids) {
     anchor.image = tile.ids[y];
     anchor.text = tile.ids[tile.n + y];
   }
@@ -198,10 +194,10 @@ template <bool kMasked>
 TEMPNET_DEVICE void store_part(float* parts, int part, int size, int at,
                                const RowState<float>& state, float count) {
   float* to = parts + int64_t(part) * kPartFields * size + at;
-  to[int64_t(kM) * size] = state.m;
-  to[int64_t(kS) * size] = state.s;
-  to[int64_t(kSx) * size] = state.sx;
-  if (kMasked) to[int64_t(kCount) * size] = count;
+  to[int64_t(kStateM) * size] = state.m;
+  to[int64_t(kStateS) * size] = state.s;
+  to[int64_t(kStateSx) * size] = state.sx;
+  if (kMasked) to[int64_t(kStateCount) * size] = count;
 }
 
 // Strip blockIdx.x of chunk blockIdx.y.
@@ -248,7 +244,7 @@ stats_kernel(TEMPNET_PARAM StatsParams params) {
       const Anchor anchor = shared.anchors[band * kThreadRows + r];
       const int at = anchor.at - along * kGroup;
       if (at >= 0 && at < kGroup) {
-        float* s_positive = params.rows + kPositive * tile.m + tile.row_begin + top + r;
+        float* s_positive = params.rows + kStatePositive * tile.m + tile.row_begin + top + r;
 #pragma unroll
         for (int k = 0; k < kGroup; ++k) {
           if (k == at) *s_positive = z[r][k];
@@ -338,30 +334,31 @@ stats_kernel(TEMPNET_PARAM StatsParams params) {
 template <bool kMasked>
 TEMPNET_DEVICE void join(const float* parts, int count, int size, int at, float* out,
                          int64_t out_size) {
-  const auto part = [&](int p, Field field) {
+  const auto part = [&](int p, StateField field) {
     return parts[(int64_t(p) * kPartFields + field) * size + at];
   };
   // The largest first: then every part is moved once, and no part waits for another.
-  float m = out[kM * out_size];
+  float m = out[kStateM * out_size];
 #pragma unroll 8
-  for (int p = 0; p < count; ++p) m = fmaxf(m, part(p, kM));
+  for (int p = 0; p < count; ++p) m = fmaxf(m, part(p, kStateM));
   const auto add = [&](RowState<float>& to, const RowState<float>& from) {
     const float d = from.m - m, f = exp2_approx(d);
     to.s = fmaf(f, from.s, to.s);
     to.sx = fmaf(f, from.sx + weighted_exponent(from.s, d), to.sx);
   };
   RowState<float> sum;
-  add(sum, RowState<float>{out[kM * out_size], out[kS * out_size], out[kSx * out_size]});
-  float counted = kMasked ? out[kCount * out_size] : 0.0f;
+  add(sum,
+      RowState<float>{out[kStateM * out_size], out[kStateS * out_size], out[kStateSx * out_size]});
+  float counted = kMasked ? out[kStateCount * out_size] : 0.0f;
 #pragma unroll 8
   for (int p = 0; p < count; ++p) {
-    add(sum, RowState<float>{part(p, kM), part(p, kS), part(p, kSx)});
-    if (kMasked) counted += part(p, kCount);
+    add(sum, RowState<float>{part(p, kStateM), part(p, kStateS), part(p, kStateSx)});
+    if (kMasked) counted += part(p, kStateCount);
   }
-  out[kM * out_size] = m;
-  out[kS * out_size] = sum.s;
-  out[kSx * out_size] = sum.sx;
-  if (kMasked) out[kCount * out_size] = counted;
+  out[kStateM * out_size] = m;
+  out[kStateS * out_size] = sum.s;
+  out[kStateSx * out_size] = sum.sx;
+  if (kMasked) out[kStateCount * out_size] = counted;
 }
 
 // A thread per row, and then per column.
@@ -409,9 +406,9 @@ weights_kernel(TEMPNET_PARAM WeightsParams params) {
 #pragma unroll
   for (int k = 0; k < kGroup; ++k) {
     const bool there = k < group.count;
-    a[k] = there ? columns[kA * tile.n + k] : 1.0f;
-    m[k] = there ? columns[kShift * tile.n + k] : 0.0f;
-    q[k] = there ? columns[kQ * tile.n + k] : 0.0f;
+    a[k] = there ? columns[kWeightA * tile.n + k] : 1.0f;
+    m[k] = there ? columns[kWeightM * tile.n + k] : 0.0f;
+    q[k] = there ? columns[kWeightQ * tile.n + k] : 0.0f;
   }
   constexpr int kBatch = 4;  // rows whose loads are in flight together
   const int begin = blockIdx.y * kWeightRows, end = min(tile.rows, begin + kWeightRows);
@@ -424,7 +421,8 @@ weights_kernel(TEMPNET_PARAM WeightsParams params) {
       load_group<kAligned>(tile, group, r, z[b]);
       anchors[b] = load_anchor<kMasked>(tile, r, strip, kWeightColumns);
       const float* row = params.rows + tile.row_begin + min(r, tile.rows - 1);
-      row_a[b] = row[kA * tile.m], row_m[b] = row[kShift * tile.m], row_q[b] = row[kQ * tile.m];
+      row_a[b] = row[kWeightA * tile.m], row_m[b] = row[kWeightM * tile.m],
+      row_q[b] = row[kWeightQ * tile.m];
     }
 #pragma unroll
     for (int b = 0; b < kBatch; ++b) {

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tempnet_kernels._checks import check_integers, in_backward, temperature_bounds
-from tempnet_kernels.nn.tempnet import reshape_scaler
+from tempnet_kernels.nn.tempnet import reshape_scalar
 
 
 class ContrastiveTempNet(nn.Module):
@@ -26,7 +26,7 @@ class ContrastiveTempNet(nn.Module):
         tau_min, tau_max: bounds of the temperature, 0 < tau_min < tau_max.
         num_prototypes: K; the official code has 256.
         dropout: probability, in training mode.
-        seed: of the dropout masks of samples with ids; one of its own for each network.
+        seed: of the dropout masks of samples with ids, in [0, 2^31); each network has its own.
 
     The state dict has the official names, ``proj``, ``scaler``, ``prototypes``, ``linear_1``, and
     ``dropout_step``, which counts the masks drawn; a state dict without it counts from 0.
@@ -45,6 +45,8 @@ class ContrastiveTempNet(nn.Module):
                 raise ValueError(f"ContrastiveTempNet: {argument} must be >= 1, got {value}")
         if not 0 <= dropout < 1:
             raise ValueError(f"ContrastiveTempNet: dropout must be in [0, 1), got {dropout}")
+        if not 0 <= seed < 1 << 31:
+            raise ValueError(f"ContrastiveTempNet: seed must be in [0, 2^31), got {seed}")
         temperature_bounds("ContrastiveTempNet", tau_min, tau_max)
         self.tau_min = tau_min
         self.tau_max = tau_max
@@ -61,9 +63,9 @@ class ContrastiveTempNet(nn.Module):
 
     @torch.no_grad()
     def init_prototypes(self, features):
-        """Replace the prototypes by the transformed features, ``sigmoid(proj(f))``, of the first K
-        rows of ``features`` ``[>= K, D]``: before the first step. (The official code takes the
-        other side's features as they are.)"""
+        """Replace the prototypes by the first K rows of ``features`` ``[>= K, D]``: before the
+        first step, and before DDP or FSDP takes the module, with the same features on every rank.
+        The official code gives each side's network features of the other side."""
         k = self.prototypes.shape[0]
         self._check(features)
         if features.shape[0] < k:
@@ -71,21 +73,22 @@ class ContrastiveTempNet(nn.Module):
                 f"ContrastiveTempNet: features must have at least {k} rows for {k} prototypes, "
                 f"got {features.shape[0]}"
             )
-        self.prototypes.copy_(torch.sigmoid(self.proj(features[:k].to(self.proj.weight.dtype))))
+        self.prototypes.copy_(features[:k])
 
-    def forward(self, features, ids=None):
+    def forward(self, features, ids=None, *, new_mask=True):
         """features ``[B, D]`` of a float dtype -> temperatures ``[B]`` in float32 (float64 for a
         float64 network).
 
         ids: ``[B]`` integers. In training mode a sample's dropout mask then depends on its id, the
         seed and the number of the call, not on the device, the process or the place in the batch:
         ranks that predict the same sample's temperature agree. Without ids it is torch's dropout.
+        new_mask: False repeats the masks of the last call, and does not count.
         """
         self._check(features)
         dtype = self.proj.weight.dtype
         x = torch.sigmoid(self.proj(features.detach().to(dtype)))  # (B, D)
         if self.training and self.dropout:
-            x = F.dropout(x, self.dropout) if ids is None else self._drop(x, ids)
+            x = F.dropout(x, self.dropout) if ids is None else self._drop(x, ids, new_mask)
         q = (x @ F.normalize(self.prototypes, dim=1).T).to(
             torch.promote_types(dtype, torch.float32)
         )
@@ -102,15 +105,16 @@ class ContrastiveTempNet(nn.Module):
                 f"got {tuple(features.shape)}"
             )
 
-    def _drop(self, x, ids):
+    def _drop(self, x, ids, new_mask):
         check_integers("ContrastiveTempNet", "ids", ids, x.shape[:1], x.device)
-        if in_backward():
-            raise RuntimeError(
-                "ContrastiveTempNet: forward runs again within a backward pass (activation "
-                "checkpointing), where it would draw another dropout mask: leave the network out "
-                "of the checkpointed region"
-            )
-        self.dropout_step += 1
+        if new_mask:
+            if in_backward():
+                raise RuntimeError(
+                    "ContrastiveTempNet: forward runs again within a backward pass (activation "
+                    "checkpointing), where it would draw another dropout mask: leave the network "
+                    "out of the checkpointed region, or pass new_mask=False"
+                )
+            self.dropout_step += 1
         rows = _mix(_mix(self.dropout_step + (self.seed << 32)) ^ ids)  # (B,)
         columns = _mix(torch.arange(x.shape[1], device=x.device))  # (D,)
         bits = rows.int()[:, None] + columns.int()  # (B, D), of the last round's 32 bits
@@ -120,7 +124,7 @@ class ContrastiveTempNet(nn.Module):
         bits *= -1028477387  # 0xc2b2ae35
         bits ^= _shift_right(bits, 16)
         kept = bits >= int(self.dropout * 2**32) - 2**31
-        return x * kept / (1 - self.dropout)
+        return x * kept.to(x.dtype).div_(1 - self.dropout)
 
     def extra_repr(self):
         return f"tau=[{self.tau_min}, {self.tau_max}], dropout={self.dropout}, seed={self.seed}"
@@ -140,5 +144,7 @@ def _mix(x):
 
 
 def _accept_official_layout(module, state_dict, prefix, *_):
-    state_dict.setdefault(prefix + "dropout_step", torch.zeros(1, dtype=torch.int64))
-    reshape_scaler(state_dict, prefix)
+    if prefix + "prototypes" in state_dict:
+        zero = torch.zeros_like(module.dropout_step)
+        state_dict.setdefault(prefix + "dropout_step", zero)
+    reshape_scalar(state_dict, prefix + "scaler")

@@ -7,20 +7,24 @@ import torch
 from torch import nn
 
 from tempnet_kernels._checks import check_integers, in_backward, temperature_bounds
-from tempnet_kernels.dro_contrastive import dro_contrastive
-from tempnet_kernels.nn.tempnet import TemperatureStats
+from tempnet_kernels._register import BACKENDS
+from tempnet_kernels.dro_contrastive import check_features, dro_contrastive
+from tempnet_kernels.dro_cross_entropy import accumulation_dtype
+from tempnet_kernels.nn.tempnet import TemperatureStats, reshape_scalar
 from tempnet_kernels.reference.official import official_contrastive
 
-# The initial temperature of each method that has one, as in the official code.
+# The initial temperature of each method that has one: open_clip's, and those of the official
+# classes.
 TAU = {"clip": 0.07, "sogclr": 0.07, "isogclr": 0.01}
 METHODS = (*TAU, "tempnet")
 
 # iSogCLR's rule for its table of temperatures: u <- (1 - MOMENTUM) u + MOMENTUM clip(k, +-CLIP),
 # tau <- clip(tau - RATE u, tau_min, tau_max).
 ISOGCLR_RATE, ISOGCLR_MOMENTUM, ISOGCLR_CLIP = 0.03, 0.5, 5.0
+ISOGCLR_TAU = (0.005, 0.05)
 
-# As open_clip bounds its scale: a temperature of 0.01.
-MAX_LOGIT_SCALE = math.log(100)
+# open_clip's bounds of clip's temperature.
+CLIP_TAU = (0.01, 1.0)
 
 
 class PerSampleState(nn.Module):
@@ -35,37 +39,40 @@ class PerSampleState(nn.Module):
     def __init__(self, num_samples, initial):
         super().__init__()
         self.initial = initial
-        self.values = {name: torch.full((num_samples,), x) for name, x in initial.items()}
+        for name, x in initial.items():
+            setattr(self, name, torch.full((num_samples,), x, dtype=torch.float32))
 
-    def __getitem__(self, name):
-        return self.values[name]
+    def read(self, name, ids):
+        # Not by indexing, which takes a negative id for one from the end.
+        return getattr(self, name).index_select(0, ids)
 
     @torch.no_grad()
     def write(self, ids, **new):
-        """``values[name][ids] = new[name]``; of equal ids the last one counts, on every device."""
+        """The new values at ``ids``; of equal ids the last one counts, on every device."""
         ordered, order = torch.sort(ids, stable=True)
         last = order[torch.searchsorted(ordered, ids, right=True) - 1]
         for name, value in new.items():
-            self.values[name][ids] = value[last].to(torch.float32)
+            getattr(self, name)[ids] = value[last].to(torch.float32)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
-        for name, value in self.values.items():
+        for name, initial in self.initial.items():
+            value = getattr(self, name)
             device = fn(value.new_empty(0)).device
             if value.is_meta and device.type != "meta":
-                self.values[name] = torch.full_like(value, self.initial[name], device=device)
+                setattr(self, name, torch.full_like(value, initial, device=device))
             elif value.device != device:
-                self.values[name] = value.to(device)
+                setattr(self, name, value.to(device))
         return self
 
     def _save_to_state_dict(self, destination, prefix, keep_vars):
-        destination.update((prefix + name, value) for name, value in self.values.items())
+        destination.update((prefix + name, getattr(self, name)) for name in self.initial)
 
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
     ):
-        for name, value in self.values.items():
-            loaded = state_dict.get(prefix + name)
+        for name in self.initial:
+            value, loaded = getattr(self, name), state_dict.get(prefix + name)
             if loaded is None:
                 missing.append(prefix + name)
             elif loaded.shape != value.shape:
@@ -73,13 +80,15 @@ class PerSampleState(nn.Module):
                     f"{prefix}{name} is of {tuple(loaded.shape)} samples, "
                     f"the loss of {tuple(value.shape)}"
                 )
+            elif value.is_meta or local_metadata.get("assign_to_params_buffers", False):
+                setattr(self, name, loaded.detach().to(torch.float32))
             else:
                 value.copy_(loaded)
-        own = {prefix + name for name in self.values}
+        own = {prefix + name for name in self.initial}
         unexpected += [key for key in state_dict if key.startswith(prefix) and key not in own]
 
     def extra_repr(self):
-        return ", ".join(f"{name}: {tuple(value.shape)}" for name, value in self.values.items())
+        return ", ".join(f"{name}: {tuple(getattr(self, name).shape)}" for name in self.initial)
 
 
 class ContrastiveTemperatureStats(NamedTuple):
@@ -96,8 +105,8 @@ class RobustContrastiveLoss(nn.Module):
     ========= ============================== =================================================
     method    temperatures                   loss
     ========= ============================== =================================================
-    clip      one, learned                   softmax with the positive; no state, no rho
-    sogclr    one, fixed                     robust, ``rho = 0``
+    clip      one, learned                   softmax with the positive; no state, gamma and rho
+    sogclr    one, fixed                     robust; rho only adds ``2 tau rho`` to the value
     isogclr   a table, by iSogCLR's rule     robust
     tempnet   predicted from the features    robust
     ========= ============================== =================================================
@@ -106,30 +115,36 @@ class RobustContrastiveLoss(nn.Module):
         num_samples: number of pairs of the training set; the state is one float32 per sample and
             side. 0 for ``method="clip"``.
         gamma: weight of a batch in the moving averages, in (0, 1].
-        rho: KL radius in nats (isogclr, tempnet).
+        rho: KL radius in nats.
         method: see above.
         tau: the temperature that clip, sogclr or isogclr begins with; by default 0.07, 0.07, 0.01.
-        tau_min, tau_max: bounds of isogclr's temperatures.
+            clip's stays in [0.01, 1] as open_clip's.
+        tau_min, tau_max: bounds of isogclr's temperatures; by default 0.005 and 0.05.
         image_temp_gen, text_temp_gen: with "tempnet", a :class:`ContrastiveTempNet` for each side:
-            modules from (features ``[B, D]``, ids ``[B]``) to temperatures ``[B]``, with
-            ``tau_min`` and ``tau_max``. The names are those of the official loss: its state dict,
-            which holds the networks only, loads with ``strict=False``.
+            modules from (features ``[B, D]``, ids ``[B]``, new_mask) to temperatures ``[B]``,
+            with ``tau_min`` and ``tau_max``. The names are those of the official loss: its state
+            dict, which holds the networks only, loads with ``strict=False``.
         estimator: "log" keeps the logarithm of the moving average. "official" is the official
             code's estimate in plain PyTorch, to compare with: it scales a first visit after epoch 0
             by gamma, does not recover from an underflow, takes every other pair for a negative,
             and returns a number with the right gradient, not the loss. Its forward needs ``epoch``.
         backend: as in :func:`tempnet_kernels.dro_contrastive`.
 
-    The state is in the state dict (``state.*``), stays float32, and is not a buffer. ``eval()``
-    leaves it as it is.
+    The state is in the state dict (``state.*``), stays float32, and is not a buffer; move the loss
+    with ``.to(device)``. ``eval()`` leaves it as it is. It averages sums over a batch's negatives:
+    train with batches of one size (``drop_last=True``). It is this process's: with several, each
+    must call the loss on the gathered batch to see all negatives and to keep the same state.
+
+    Activation checkpointing must not repeat a call that updates the state. That is an error, unless
+    the loss is compiled within a region that is checkpointed in eager mode: then it goes unseen.
 
     Source: arXiv 2404.04575; official code ``Bimodal_CL/models/losses.py``. iSogCLR: arXiv
     2305.11965. SogCLR: arXiv 2202.12387.
     """
 
     def __init__(
-        self, num_samples, gamma=0.8, rho=7.0, *, method="tempnet", tau=None, tau_min=0.005,
-        tau_max=0.05, image_temp_gen=None, text_temp_gen=None, estimator="log", backend="auto",
+        self, num_samples, gamma=0.8, rho=7.0, *, method="tempnet", tau=None, tau_min=None,
+        tau_max=None, image_temp_gen=None, text_temp_gen=None, estimator="log", backend="auto",
     ):  # fmt: skip
         super().__init__()
         name = "RobustContrastiveLoss"
@@ -137,10 +152,16 @@ class RobustContrastiveLoss(nn.Module):
             raise ValueError(f"{name}: method must be one of {METHODS}, got {method!r}")
         if estimator not in ("log", "official"):
             raise ValueError(f"{name}: estimator must be 'log' or 'official', got {estimator!r}")
-        if num_samples < (method != "clip"):
-            raise ValueError(f"{name}: num_samples must be >= 1, got {num_samples}")
+        if not isinstance(num_samples, int) or num_samples < (method != "clip"):
+            raise ValueError(f"{name}: num_samples must be an integer >= 1, got {num_samples}")
         if not 0 < gamma <= 1:
             raise ValueError(f"{name}: gamma must be in (0, 1], got {gamma}")
+        if not math.isfinite(rho):
+            raise ValueError(f"{name}: rho must be finite, got {rho}")
+        if backend not in ("auto", *BACKENDS):
+            raise ValueError(
+                f"{name}: backend must be one of {('auto', *BACKENDS)}, got {backend!r}"
+            )
         if estimator == "official" and (method == "clip" or backend not in ("auto", "reference")):
             raise ValueError(
                 f"{name}: estimator='official' is for sogclr, isogclr and tempnet on the reference "
@@ -152,18 +173,28 @@ class RobustContrastiveLoss(nn.Module):
                 f"{name}: image_temp_gen and text_temp_gen go with method='tempnet', "
                 f"got method={method!r} and {networks}"
             )
-        temperature_bounds(name, tau_min, tau_max)
+        if method != "isogclr" and (tau_min, tau_max) != (None, None):
+            raise ValueError(f"{name}: tau_min and tau_max go with method='isogclr'")
+        if method == "tempnet" and tau is not None:
+            raise ValueError(f"{name}: tau goes with the other methods than 'tempnet', got {tau}")
+        self.tau_min, self.tau_max = self._bounds(method, tau, tau_min, tau_max)
         tau = TAU.get(method) if tau is None else tau
-        if tau is not None and not 0 < tau < math.inf:
-            raise ValueError(f"{name}: tau must be a finite number > 0, got {tau}")
-        self.num_samples, self.gamma = num_samples, gamma
-        self.rho = rho if method in ("isogclr", "tempnet") else 0.0
+        if tau is not None and not self.tau_min <= tau <= self.tau_max:
+            raise ValueError(
+                f"{name}: tau must be in [{self.tau_min}, {self.tau_max}] for method {method!r}, "
+                f"got {tau}"
+            )
+        self.num_samples, self.gamma, self.rho = num_samples, gamma, rho
         self.method, self.estimator, self.backend = method, estimator, backend
-        self.tau_min, self.tau_max = tau_min, tau_max
         self.image_temp_gen, self.text_temp_gen = networks
         state = {}
         if method == "clip":
             self.logit_scale = nn.Parameter(torch.tensor([-math.log(tau)]))
+            self.register_load_state_dict_pre_hook(
+                lambda module, state_dict, prefix, *_: reshape_scalar(
+                    state_dict, prefix + "logit_scale"
+                )
+            )
         elif estimator == "official":
             state = dict.fromkeys(("s_I", "b_I", "s_T", "b_T"), 0.0)
         else:
@@ -183,15 +214,16 @@ class RobustContrastiveLoss(nn.Module):
 
         Args:
             image, text: ``[B, D]`` features, normalised.
-            ids: ``[B]`` integers in [0, num_samples), the pairs' places in the training set. Pairs
-                with the same id are not negatives of each other; the last one's state is kept.
-                clip does without.
+            ids: ``[B]`` integers in [0, num_samples), the pairs' places in the training set,
+                checked in CPU tensors in eager mode. Pairs with the same id are not negatives of
+                each other; the last one's state is kept. clip does without; so do sogclr and
+                tempnet in eval mode, where it is a first visit of all: held-out pairs.
             image_ids, text_ids: ``[B]`` ids of the images and of the texts where several pairs
                 share one (captions of one image); default ids.
             negative_mask: ``[B, B]`` bool, False where a pair is known not to be a negative.
-            update_state: False for a repeated call on the same batch. In eval mode there is no
-                update either.
-            epoch: for ``estimator="official"``.
+            update_state: False for a repeated call on the same batch, which also repeats the
+                dropout masks. In eval mode there is no update either.
+            epoch: what ``estimator="official"`` needs; "log" does not read it.
             return_stats: also return :class:`tempnet_kernels.ContrastiveStats`.
 
         Raises:
@@ -200,16 +232,19 @@ class RobustContrastiveLoss(nn.Module):
                 and would update the state a second time.
         """
         update = update_state and self.training and self.method != "clip"
-        self._check(image, ids, update, epoch, image_ids, text_ids, negative_mask, return_stats)
-        taus = self._temperatures(image, text, ids)
+        self._check(image, text, ids, update)
+        ids = None if ids is None else ids.long()
+        taus = self._temperatures(image, text, ids, update)
         self._taus = tuple(tau.detach() for tau in taus)
         if self.estimator == "official":
-            return self._official(image, text, taus, ids, epoch, update)
+            options = (image_ids, text_ids, negative_mask)
+            return self._official(image, text, taus, ids, epoch, update, options, return_stats)
         clip = self.method == "clip"
-        log_s = (None, None) if clip else (self.state[f"log_s_{x}"][ids] for x in ("image", "text"))
+        log_s = {}
+        if ids is not None and not clip:
+            log_s = {x: self.state.read(x, ids) for x in ("log_s_image", "log_s_text")}
         value, stats = dro_contrastive(
-            image, text, *taus, self.rho,
-            **dict(zip(("log_s_image", "log_s_text"), log_s, strict=True)),
+            image, text, *taus, 0.0 if clip else self.rho, **log_s,
             gamma=1.0 if clip else self.gamma, include_positive=clip,
             image_ids=ids if image_ids is None else image_ids,
             text_ids=ids if text_ids is None else text_ids,
@@ -238,10 +273,41 @@ class RobustContrastiveLoss(nn.Module):
             )
         )
 
-    def _check(self, image, ids, update, epoch, image_ids, text_ids, negative_mask, return_stats):
+    @staticmethod
+    def _bounds(method, tau, tau_min, tau_max):
+        if method == "clip":
+            return CLIP_TAU
+        if method == "sogclr":
+            tau = TAU[method] if tau is None else tau
+            if not 0 < tau < math.inf:
+                raise ValueError(
+                    f"RobustContrastiveLoss: tau must be a finite number > 0, got {tau}"
+                )
+            return tau, tau
+        if method == "tempnet":
+            return None, None  # the networks'
+        tau_min = ISOGCLR_TAU[0] if tau_min is None else tau_min
+        tau_max = ISOGCLR_TAU[1] if tau_max is None else tau_max
+        temperature_bounds("RobustContrastiveLoss", tau_min, tau_max)
+        return tau_min, tau_max
+
+    def _check(self, image, text, ids, update):
         name = "RobustContrastiveLoss"
+        check_features(name, image, text)
+        if text.shape != image.shape:
+            raise ValueError(
+                f"{name}: text must have image's shape {tuple(image.shape)}, "
+                f"got {tuple(text.shape)}"
+            )
+        for own in self.state.initial:
+            device = getattr(self.state, own).device
+            if device != image.device:
+                raise ValueError(
+                    f"{name}: image must be on the state's {device}, got {image.device}; "
+                    "move the loss with .to(device)"
+                )
         if ids is None:
-            if self.method != "clip":
+            if self.method == "isogclr" or (self.method != "clip" and self.training):
                 raise ValueError(f"{name}: ids must be given for method {self.method!r}")
         else:
             check_integers(name, "ids", ids, image.shape[:1], image.device)
@@ -259,36 +325,43 @@ class RobustContrastiveLoss(nn.Module):
                 "would update the state twice: leave the loss out of the checkpointed region, or "
                 "pass update_state=False"
             )
-        if self.estimator == "official":
-            if epoch is None:
-                raise ValueError(f"{name}: epoch must be given with estimator='official'")
-            unused = (image_ids, text_ids, negative_mask)
-            if return_stats or any(x is not None for x in unused):
-                raise ValueError(
-                    f"{name}: estimator='official' has no image_ids, text_ids, negative_mask and "
-                    "return_stats"
-                )
 
-    def _temperatures(self, image, text, ids):
+    def _temperatures(self, image, text, ids, update):
         """Of the anchors of both sides, each ``[B]`` or one number as 0-d."""
         if self.method == "tempnet":
-            return self.image_temp_gen(image.detach(), ids), self.text_temp_gen(text.detach(), ids)
+            return (
+                self.image_temp_gen(image.detach(), ids, new_mask=update),
+                self.text_temp_gen(text.detach(), ids, new_mask=update),
+            )
         if self.method == "isogclr":
-            return self.state["tau_image"][ids], self.state["tau_text"][ids]
+            return self.state.read("tau_image", ids), self.state.read("tau_text", ids)
         if self.method == "clip":
-            tau = torch.exp(-self.logit_scale.clamp(max=MAX_LOGIT_SCALE)).squeeze(0)
+            if self.training:
+                # The parameter, not its use, whose gradient would vanish beyond the bound.
+                with torch.no_grad():
+                    self.logit_scale.clamp_(*(-math.log(tau) for tau in reversed(CLIP_TAU)))
+            tau = torch.exp(-self.logit_scale).squeeze(0)
         else:
-            tau = torch.full((), self.tau, device=image.device)
+            acc = accumulation_dtype(image.dtype)
+            tau = torch.full((), self.tau, dtype=acc, device=image.device)
         return tau, tau
 
-    def _official(self, image, text, taus, ids, epoch, update):
-        taus = [tau.expand(image.shape[0]) for tau in taus]
-        state = dict(self.state.values)
+    def _official(self, image, text, taus, ids, epoch, update, options, return_stats):
+        name = "RobustContrastiveLoss: estimator='official'"
+        if epoch is None or ids is None or image.shape[0] < 2:
+            raise ValueError(f"{name} needs ids, epoch and at least two pairs")
+        if return_stats or any(x is not None for x in options):
+            raise ValueError(f"{name} has no image_ids, text_ids, negative_mask and return_stats")
+        acc = accumulation_dtype(image.dtype)
+        state = {own: getattr(self.state, own) for own in self.state.initial}
         if not update:
-            state = {name: value.clone() for name, value in state.items()}
-        value, *k = official_contrastive(
-            image, text, *taus, self.rho, self.gamma, state, ids, epoch, return_k=True
-        )
+            state = {own: value.clone() for own, value in state.items()}
+        taus = [tau.to(acc).expand(image.shape[0]) for tau in taus]
+        with torch.autocast(image.device.type, enabled=False):
+            value, *k = official_contrastive(
+                image.to(acc), text.to(acc), *taus, self.rho, self.gamma, state, ids, epoch,
+                return_k=True,
+            )  # fmt: skip
         if update and self.method == "isogclr":
             self._move_table(ids, taus, k, k)
         return value
@@ -296,11 +369,13 @@ class RobustContrastiveLoss(nn.Module):
     def _move_table(self, ids, taus, ks, counted):
         """iSogCLR's step; ``counted`` is NaN at an anchor that has no term."""
         for side, tau, k, counts in zip(("image", "text"), taus, ks, counted, strict=True):
-            old = self.state[f"u_{side}"][ids]
-            u = torch.lerp(old, k.clamp(-ISOGCLR_CLIP, ISOGCLR_CLIP).to(old), ISOGCLR_MOMENTUM)
-            u = torch.where(torch.isnan(counts), old, u)
+            old = self.state.read(f"u_{side}", ids)
+            # What is not finite must not reach the table.
+            moves = torch.isfinite(k) & torch.isfinite(counts)
+            bounded = k.clamp(-ISOGCLR_CLIP, ISOGCLR_CLIP).to(old)
+            u = torch.where(moves, torch.lerp(old, bounded, ISOGCLR_MOMENTUM), old)
             new = (tau - ISOGCLR_RATE * u).clamp(self.tau_min, self.tau_max)
-            new = torch.where(torch.isnan(counts), tau, new)
+            new = torch.where(moves, new, tau)
             self.state.write(ids, **{f"u_{side}": u, f"tau_{side}": new})
 
     def extra_repr(self):

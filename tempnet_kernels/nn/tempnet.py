@@ -24,7 +24,9 @@ class TemperatureStats(NamedTuple):
 
     @classmethod
     def of(cls, tau, low, high, live=None):
-        """Of temperatures in [low, high], where ``live`` is true."""
+        """Of temperatures in [low, high], where ``live`` is true; of none NaN."""
+        if not tau.numel():
+            return cls(*tau.new_full((5,), math.nan).unbind())
         live = torch.ones_like(tau, dtype=torch.bool) if live is None else live
         margin = 0.01 * (high - low)
         n = live.sum()
@@ -128,11 +130,11 @@ def _accept_published_layouts(module, state_dict, prefix, *_):
                 state_dict.clear()
                 state_dict.update(own)
                 break
-    reshape_scaler(state_dict, prefix)
+    reshape_scalar(state_dict, prefix + "scaler")
 
 
-def reshape_scaler(state_dict, prefix):
-    """The official scaler is 0-d."""
-    scaler = state_dict.get(prefix + "scaler")
-    if scaler is not None and scaler.dim() == 0:
-        state_dict[prefix + "scaler"] = scaler.reshape(1)
+def reshape_scalar(state_dict, name):
+    """The official scaler, and open_clip's, is 0-d."""
+    scalar = state_dict.get(name)
+    if scalar is not None and scalar.dim() == 0:
+        state_dict[name] = scalar.reshape(1)

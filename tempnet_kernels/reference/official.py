@@ -33,7 +33,7 @@ def official_contrastive(
     at the samples ``ids``. With ``return_k`` also k, the gradient of each side's temperatures times
     B, detached.
 
-    Source: ``Bimodal-CL/models/losses.py``, class ``iSogCLR_New_Loss`` with a TempNet.
+    Source: ``Bimodal_CL/models/losses.py``, class ``iSogCLR_TempNet_Loss``.
     """
     b = image.shape[0]
     similarity = image @ text.T
@@ -45,14 +45,14 @@ def official_contrastive(
         ("T", tau_text, (similarity - positive[None, :]).T),
     ):
         scaled = (diff / tau[:, None]).detach()
-        old_b = state[f"b_{side}"][ids]
+        old_s, old_b = state[f"s_{side}"][ids], state[f"b_{side}"][ids]
         new_b = torch.maximum(scaled, old_b[:, None]).amax(1)
         e = torch.exp(scaled - new_b[:, None]) * negatives
         s = e.sum(1)
         if epoch > 0:
-            s = (1 - gamma) * state[f"s_{side}"][ids] * torch.exp(old_b - new_b) + gamma * s
-        state[f"s_{side}"][ids] = s
-        state[f"b_{side}"][ids] = new_b
+            s = (1 - gamma) * old_s * torch.exp(old_b - new_b) + gamma * s
+        state[f"s_{side}"][ids] = s.to(old_s.dtype)
+        state[f"b_{side}"][ids] = new_b.to(old_b.dtype)
         s = s.clamp(min=1e-14)
         w = e / s[:, None]
         k = torch.log(s / (b - 1)) + new_b + rho - (w * scaled).sum(1)

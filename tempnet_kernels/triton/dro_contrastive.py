@@ -89,7 +89,7 @@ def _load(
     return z
 
 
-@triton.jit(do_not_specialize=["mask_stride"])
+@triton.jit(do_not_specialize=["mask_stride", "height", "row_begin", "n"])
 def stats_kernel(
     similarity_ptr, stride, height, width, row_begin, column_begin, row_a_ptr, column_a_ptr,
     positive_ptr, ids_ptr, n, mask_ptr, mask_stride, s_positive_ptr, row_parts_ptr,
@@ -191,7 +191,9 @@ def _merge(block, states_ptr, stride, parts_ptr, parts, size, COUNTED: tl.conste
         tl.store(states_ptr + 3 * stride + at, count, mask=inside)
 
 
-@triton.jit
+@triton.jit(
+    do_not_specialize=["rows_stride", "strips", "height", "columns_stride", "chunks", "width"]
+)
 def merge_kernel(
     rows_ptr, rows_stride, row_parts_ptr, strips, height, columns_ptr, columns_stride,
     column_parts_ptr, chunks, width, COUNTED: tl.constexpr, PARTS: tl.constexpr,
@@ -209,7 +211,7 @@ def merge_kernel(
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["mask_stride"])
+@triton.jit(do_not_specialize=["mask_stride", "height", "row_begin", "n", "rows_stride"])
 def weights_kernel(
     weights_ptr, weights_stride, similarity_ptr, stride, height, width, row_begin, column_begin,
     rows_ptr, rows_stride, columns_ptr, n, positive_ptr, ids_ptr, mask_ptr, mask_stride,
