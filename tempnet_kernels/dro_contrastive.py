@@ -283,11 +283,11 @@ def dro_contrastive(
 
     S is visited in tiles, once in the forward and once in the backward, and never held whole unless
     it fits in 64 MiB. S and all sums are in float32 (float64 for float64 features) and in a fixed
-    order: equal input gives equal bits. float32 features multiply on a GPU as torch is told to:
-    TensorFloat-32 (``torch.set_float32_matmul_precision``) puts an error of 1e-4 / tau into the
-    exponents. A visit needs a tile of 4 MiB and, for 16-bit features, their
-    float32 copies; on a GPU a tile of 256 MiB, and 128 MiB of weights for 16-bit features, which
-    are multiplied as they are.
+    order: equal input gives equal bits. A visit needs a tile of 4 MiB and, for 16-bit features,
+    their float32 copies; on a GPU a tile of 256 MiB, and 128 MiB of weights for 16-bit features,
+    which are multiplied as they are. float32 features multiply there as torch is told to:
+    TensorFloat-32 (``torch.set_float32_matmul_precision``) errs by up to 1e-4 in S (simulated), so
+    by 1e-4 / tau in an exponent.
 
     Args:
         image: ``[M, D]`` features, float32, bfloat16 or float16 (float64 on the CPU, or with

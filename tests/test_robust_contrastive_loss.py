@@ -2,6 +2,7 @@
 
 import copy
 import math
+import pickle
 import subprocess
 import sys
 
@@ -308,6 +309,14 @@ def test_update_state_false_repeats_the_loss_bit_for_bit():
     expected = loss_fn(image, text, ids, update_state=False)
     (grad,) = torch.autograd.grad(expected, image)
     torch.testing.assert_close(image.grad, grad)
+
+
+@pytest.mark.parametrize("method", ["clip", "sogclr", "isogclr", "tempnet"])
+def test_pickles_with_its_state(method):
+    loss_fn = make(method)
+    loss_fn(*features(), torch.arange(B))
+    for name, value in pickle.loads(pickle.dumps(loss_fn)).state_dict().items():
+        torch.testing.assert_close(value, loss_fn.state_dict()[name], equal_nan=True)
 
 
 def test_distributed_checkpoint_sees_the_state():

@@ -177,8 +177,8 @@ class RobustContrastiveLoss(nn.Module):
             raise ValueError(f"{name}: tau_min and tau_max go with method='isogclr'")
         if method == "tempnet" and tau is not None:
             raise ValueError(f"{name}: tau goes with the other methods than 'tempnet', got {tau}")
-        self.tau_min, self.tau_max = self._bounds(method, tau, tau_min, tau_max)
         tau = TAU.get(method) if tau is None else tau
+        self.tau_min, self.tau_max = self._bounds(method, tau, tau_min, tau_max)
         if tau is not None and not self.tau_min <= tau <= self.tau_max:
             raise ValueError(
                 f"{name}: tau must be in [{self.tau_min}, {self.tau_max}] for method {method!r}, "
@@ -190,11 +190,7 @@ class RobustContrastiveLoss(nn.Module):
         state = {}
         if method == "clip":
             self.logit_scale = nn.Parameter(torch.tensor([-math.log(tau)]))
-            self.register_load_state_dict_pre_hook(
-                lambda module, state_dict, prefix, *_: reshape_scalar(
-                    state_dict, prefix + "logit_scale"
-                )
-            )
+            self.register_load_state_dict_pre_hook(_accept_open_clip_s_scale)
         elif estimator == "official":
             state = dict.fromkeys(("s_I", "b_I", "s_T", "b_T"), 0.0)
         else:
@@ -251,9 +247,8 @@ class RobustContrastiveLoss(nn.Module):
             negative_mask=negative_mask, return_stats=True, backend=self.backend,
         )  # fmt: skip
         if update:
-            self.state.write(ids, log_s_image=stats.log_s_image, log_s_text=stats.log_s_text)
-            if self.method == "isogclr":
-                self._move_table(ids, taus, stats[4:6], stats[2:4])
+            new = {"log_s_image": stats.log_s_image, "log_s_text": stats.log_s_text}
+            self.state.write(ids, **new, **self._table_step(ids, taus, stats[4:6], stats[2:4]))
         if clip:
             value = value / (2 * taus[0])
             # What is left to cross entropy, log n, has no gradient.
@@ -278,7 +273,6 @@ class RobustContrastiveLoss(nn.Module):
         if method == "clip":
             return CLIP_TAU
         if method == "sogclr":
-            tau = TAU[method] if tau is None else tau
             if not 0 < tau < math.inf:
                 raise ValueError(
                     f"RobustContrastiveLoss: tau must be a finite number > 0, got {tau}"
@@ -362,22 +356,30 @@ class RobustContrastiveLoss(nn.Module):
                 image.to(acc), text.to(acc), *taus, self.rho, self.gamma, state, ids, epoch,
                 return_k=True,
             )  # fmt: skip
-        if update and self.method == "isogclr":
-            self._move_table(ids, taus, k, k)
+        if update:
+            self.state.write(ids, **self._table_step(ids, taus, k, k))
         return value
 
-    def _move_table(self, ids, taus, ks, counted):
-        """iSogCLR's step; ``counted`` is NaN at an anchor that has no term."""
+    def _table_step(self, ids, taus, ks, counted):
+        """The values of iSogCLR's table after its step; nothing for the other methods. ``counted``
+        is NaN at an anchor that has no term."""
+        new = {}
+        if self.method != "isogclr":
+            return new
         for side, tau, k, counts in zip(("image", "text"), taus, ks, counted, strict=True):
             old = self.state.read(f"u_{side}", ids)
             # What is not finite must not reach the table.
             moves = torch.isfinite(k) & torch.isfinite(counts)
             bounded = k.clamp(-ISOGCLR_CLIP, ISOGCLR_CLIP).to(old)
             u = torch.where(moves, torch.lerp(old, bounded, ISOGCLR_MOMENTUM), old)
-            new = (tau - ISOGCLR_RATE * u).clamp(self.tau_min, self.tau_max)
-            new = torch.where(moves, new, tau)
-            self.state.write(ids, **{f"u_{side}": u, f"tau_{side}": new})
+            moved = (tau - ISOGCLR_RATE * u).clamp(self.tau_min, self.tau_max)
+            new |= {f"u_{side}": u, f"tau_{side}": torch.where(moves, moved, tau)}
+        return new
 
     def extra_repr(self):
         options = ("num_samples", "gamma", "rho", "method", "estimator", "backend")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
+
+
+def _accept_open_clip_s_scale(module, state_dict, prefix, *_):
+    reshape_scalar(state_dict, prefix + "logit_scale")
