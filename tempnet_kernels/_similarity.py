@@ -58,8 +58,8 @@ def _with_scaled_q(parameters, scale):
 
 def _add_product(out, a, b):
     """out += a b in the dtype of ``out``."""
-    if a.dtype == out.dtype:
-        out.addmm_(a, b)
+    if a.dtype == out.dtype:  # not addmm_, which torch's flop counter does not know
+        torch.addmm(out, a, b, out=out)
     else:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
 
@@ -82,8 +82,11 @@ def dro_contrastive_stats(
             include_positive,
         )  # fmt: skip
     if not ids.numel() and not mask.numel():
-        rows[3] = n - 1 + include_positive
-        columns[3] = m - 1 + include_positive
+        rows[3] = n - (not include_positive)
+        # Not every column is one of these rows' positives: the other ranks have theirs.
+        columns[3] = m
+        if not include_positive:
+            columns[3].index_fill_(0, positive, m - 1)
     return rows, columns, similarity
 
 

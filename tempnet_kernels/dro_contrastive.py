@@ -26,6 +26,7 @@ from tempnet_kernels._checks import (
     once_differentiable,
     temperatures,
 )
+from tempnet_kernels._ranks import all_sum, gather, meet, merge, reduce_scatter
 from tempnet_kernels.dro_cross_entropy import accumulation_dtype
 
 # On a GPU the order is that of dro_cross_entropy; it has not been measured for this op.
@@ -170,29 +171,44 @@ def _anchors(state, s_positive, a, tau, log_s_old, gamma, rho):
     )
 
 
+def _columns_of(positive, ranks):
+    """The columns of this rank's positives among those of all ranks."""
+    return positive if ranks is None else positive + ranks.begin
+
+
+def _pairs(image, ranks):
+    return image.shape[0] if ranks is None else ranks.pairs
+
+
 class _DROContrastive(torch.autograd.Function):
     """(image, text, tau_image [M], tau_text [M], ...) -> the value and, without a gradient, the
-    statistics and what the backward needs."""
+    statistics and what the backward needs.
+
+    With ``ranks`` the rows are this rank's images and the columns the texts of all, candidates
+    [N, D]; ``text`` [n, D] are this rank's. Every rank has the states of its rows, exchanges those
+    of the columns, and has the anchors of its own pairs, both sides.
+    """
 
     @staticmethod
     def forward(
-        image, text, tau_image, tau_text, log_s_image, log_s_text, positive, ids, mask,
-        rho, gamma, include_positive, keep, backend,
+        image, text, tau_image, tau_text, candidates, log_s_image, log_s_text, positive, ids, mask,
+        rho, gamma, include_positive, keep, ranks, backend,
     ):  # fmt: skip
-        m, n = image.shape[0], text.shape[0]
+        n = text.shape[0]
         log2e = 1 / math.log(2)
         row_a = log2e / tau_image  # (M,)
         text_a = log2e / tau_text  # (M,)
         column_a = text_a.new_full((n,), _NO_ANCHOR).scatter(0, positive, text_a)  # (N,)
         rows, columns, similarity = _op("dro_contrastive_stats", backend)(
-            image, text, row_a, column_a, positive, ids, mask, include_positive, keep
-        )
+            image, candidates, row_a, gather(column_a, ranks), _columns_of(positive, ranks), ids,
+            mask, include_positive, keep,
+        )  # fmt: skip
         s_positive = rows[POSITIVE]
         by_image = _anchors(rows[:4], s_positive, row_a, tau_image, log_s_image, gamma, rho)
-        of_texts = columns[:4, positive]
+        of_texts = merge(columns[:4], ranks)[:, positive]
         by_text = _anchors(of_texts, s_positive, text_a, tau_text, log_s_text, gamma, rho)
 
-        value = ((by_image.term + by_text.term).sum() / m).to(row_a.dtype)
+        value = all_sum((by_image.term + by_text.term).sum(), ranks) / _pairs(image, ranks)
         row_parameters = torch.stack(
             [
                 torch.where(by_image.live, row_a, _NO_ANCHOR),
@@ -209,43 +225,54 @@ class _DROContrastive(torch.autograd.Function):
         )
         column_parameters = of_texts.new_zeros((3, n))
         column_parameters[0] = _NO_ANCHOR
-        column_parameters = column_parameters.index_copy(1, positive, of_texts)  # (3, N)
+        column_parameters = column_parameters.index_copy(1, positive, of_texts)  # (3, n)
+        column_parameters = gather(column_parameters.T, ranks).T.contiguous()  # (3, N)
         return (
-            value, by_image.log_s, by_text.log_s, by_image.kl, by_text.kl, by_image.k, by_text.k,
-            row_parameters, column_parameters, by_image.total + by_text.total, similarity,
+            value.to(row_a.dtype), by_image.log_s, by_text.log_s, by_image.kl, by_text.kl,
+            by_image.k, by_text.k, row_parameters, column_parameters,
+            by_image.total + by_text.total, similarity,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        image, text, _, _, _, _, positive, ids, mask, _, _, ctx.include_positive, _, ctx.backend = (
-            inputs
-        )
+        image, _, _, _, candidates, _, _, positive, ids, mask, _, _, *options = inputs
+        ctx.include_positive, _, ctx.ranks, ctx.backend = options
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(image, text, positive, ids, mask, *output[5:])
+        ctx.save_for_backward(image, candidates, positive, ids, mask, *output[5:])
 
     @staticmethod
     @once_differentiable("dro_contrastive")
     def backward(ctx, grad_value, *_):
         if grad_value is None:
-            return (None,) * 14
-        image, text, positive, ids, mask, k_image, k_text, *saved, similarity = ctx.saved_tensors
+            return (None,) * 16
+        image, candidates, positive, ids, mask, k_image, k_text, *saved, similarity = (
+            ctx.saved_tensors
+        )
         want = ctx.needs_input_grad
-        scale = grad_value / max(1, image.shape[0])  # of no pairs: gradients of 0, not NaN
+        # The gradient is that of the sum of the ranks' losses, which are equal. Of no pairs it is
+        # 0, not NaN.
+        scale = all_sum(grad_value, ctx.ranks) / max(1, _pairs(image, ctx.ranks))
         grad_image = grad_text = None
         if want[0] or want[1]:
             grads = _op("dro_contrastive_grad", ctx.backend)(
-                image, text, similarity, *saved, positive, ids, mask, ctx.include_positive,
-                want[0], want[1],
+                image, candidates, similarity, *saved, _columns_of(positive, ctx.ranks), ids, mask,
+                ctx.include_positive, want[0], want[1],
             )  # fmt: skip
+            grad_image, grad_text = grads
+            if want[1]:
+                grad_text = reduce_scatter(grad_text, ctx.ranks)
             # In the accumulation dtype: a gradient of 1/B may underflow in float16 before it.
             grad_image, grad_text = (
-                g.mul_(scale).to(x.dtype) if w else None
-                for g, x, w in zip(grads, (image, text), want[:2], strict=True)
+                g.mul_(scale).to(image.dtype) if w else None
+                for g, w in zip((grad_image, grad_text), want[:2], strict=True)
             )
         grad_tau_image = k_image * scale if want[2] else None
         grad_tau_text = k_text * scale if want[3] else None
-        return (grad_image, grad_text, grad_tau_image, grad_tau_text) + (None,) * 10
+        return (grad_image, grad_text, grad_tau_image, grad_tau_text) + (None,) * 12
+
+
+_apply_across_ranks = torch.compiler.disable(_DROContrastive.apply)
 
 
 def dro_contrastive(
@@ -264,6 +291,7 @@ def dro_contrastive(
     negative_mask=None,
     positive=None,
     return_stats=False,
+    process_group=None,
     backend="auto",
 ):
     r"""Robust global contrastive loss with a temperature per anchor, in both directions.
@@ -309,6 +337,8 @@ def dro_contrastive(
         positive: ``[M]`` integers, the column of each row's pair, all different. Default: column i
             for row i.
         return_stats: also return :class:`ContrastiveStats`.
+        process_group: the processes that share the batch. Each passes its own pairs, and the loss
+            is that of all of them; see below. Default: this process alone.
         backend: "auto", "native" (C++ on the CPU, CUDA C++ on a GPU), "triton" (GPU) or "reference"
             (PyTorch; holds S several times). "auto" is native; on a GPU without the compiled
             extension, Triton.
@@ -318,6 +348,16 @@ def dro_contrastive(
         ``(loss, ContrastiveStats)``. An anchor without negatives has loss 0, gradient 0, KL NaN,
         and its ``log_s`` comes back as it was; so does one whose new value is not finite. The loss
         of no pairs is NaN. A tensor of temperatures with a value that is not > 0 gives NaN.
+
+    With ``process_group``, M and N above are a rank's own, as are all arguments, except that a row
+    of ``negative_mask`` has the columns of all ranks, in their order. Numbers of pairs may differ,
+    also be 0. A rank visits the similarities of its images with all texts, so each one is visited
+    once, and every rank returns the loss of the whole batch and the statistics of its own pairs.
+    The gradient is that of the sum of the ranks' (equal) losses: after the mean over ranks that DDP
+    and FSDP take, parameters have the gradient of one process on the whole batch. Per pair of the
+    batch, the ranks exchange the text features, the gradient of them in float32, and some 60 bytes.
+    Every rank must make the call, and the backward; it waits once for the device, and breaks a
+    compiled graph.
 
     Raises:
         ValueError, TypeError: an argument is off; the message names it, what was expected and what
@@ -347,14 +387,25 @@ def dro_contrastive(
     positive, outside = _positive(name, positive, m, n, device)
     if outside is not None:
         tau_image = torch.where(outside, math.nan, tau_image)
-    ids = _ids(name, image_ids, text_ids, n, device)
-    mask = _negative_mask(name, negative_mask, m, n, device)
+    image_ids = _checked_ids(name, "image_ids", image_ids, n, device)
+    text_ids = _checked_ids(name, "text_ids", text_ids, n, device)
+    ranks = process_group
+    if process_group is not None:
+        ranks = meet(
+            name, process_group, image, text, rho=rho, gamma=gamma,
+            include_positive=include_positive, image_ids=image_ids is not None,
+            text_ids=text_ids is not None,
+        )  # fmt: skip
+    all_n = n if ranks is None else sum(ranks.sizes)
+    ids = _ids(image_ids, text_ids, all_n, ranks, device)
+    mask = _negative_mask(name, negative_mask, m, all_n, device)
 
     track = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
-    keep = track and m * n * acc.itemsize <= KEEP_BYTES
-    value, *stats = _DROContrastive.apply(
-        image, text, tau_image, tau_text, log_s_image, log_s_text, positive, ids, mask,
-        float(rho), float(gamma), bool(include_positive), keep, chosen,
+    keep = track and m * all_n * acc.itemsize <= KEEP_BYTES
+    apply = _DROContrastive.apply if ranks is None else _apply_across_ranks
+    value, *stats = apply(
+        image, text, tau_image, tau_text, gather(text.detach(), ranks), log_s_image, log_s_text,
+        positive, ids, mask, float(rho), float(gamma), bool(include_positive), keep, ranks, chosen,
     )  # fmt: skip
     return (value, ContrastiveStats(*stats[:6])) if return_stats else value
 
@@ -410,14 +461,20 @@ def _positive(name, positive, m, n, device):
     return positive.clamp(0, n - 1), outside
 
 
-def _ids(name, image_ids, text_ids, n, device):
+def _checked_ids(name, argument, ids, n, device):
+    if ids is None:
+        return None
+    check_integers(name, argument, ids, (n,), device)
+    return ids.long()
+
+
+def _ids(image_ids, text_ids, n, ranks, device):
     """[2, N] int32 ranks of the ids: equal where the ids are; empty where no two are equal."""
     given, repeated = [], False
     readable = device.type == "cpu" and not torch.compiler.is_compiling()  # without waiting for it
-    for argument, ids in (("image_ids", image_ids), ("text_ids", text_ids)):
+    for ids in (image_ids, text_ids):
         if ids is not None:
-            check_integers(name, argument, ids, (n,), device)
-            ids = ids.long()
+            ids = gather(ids, ranks)
             ordered = ids.sort().values
             repeated |= not readable or bool((ordered[1:] == ordered[:-1]).any())
             given.append(torch.searchsorted(ordered, ids).int())

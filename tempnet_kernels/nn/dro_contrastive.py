@@ -1,12 +1,15 @@
 """The contrastive loss as a module that holds its state."""
 
+import copy
 import math
 from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from tempnet_kernels._checks import check_integers, in_backward, temperature_bounds
+from tempnet_kernels._ranks import all_sum, gather, meet
 from tempnet_kernels._register import BACKENDS
 from tempnet_kernels.dro_contrastive import check_features, dro_contrastive
 from tempnet_kernels.dro_cross_entropy import accumulation_dtype
@@ -128,12 +131,20 @@ class RobustContrastiveLoss(nn.Module):
             code's estimate in plain PyTorch, to compare with: it scales a first visit after epoch 0
             by gamma, does not recover from an underflow, takes every other pair for a negative,
             and returns a number with the right gradient, not the loss. Its forward needs ``epoch``.
+        process_group: the processes that share a batch: "world", all of them where
+            ``torch.distributed`` is initialised when the loss is called; None, this one alone; or a
+            ``ProcessGroup``.
         backend: as in :func:`tempnet_kernels.dro_contrastive`.
 
     The state is in the state dict (``state.*``), stays float32, and is not a buffer; move the loss
     with ``.to(device)``. ``eval()`` leaves it as it is. It averages sums over a batch's negatives:
-    train with batches of one size (``drop_last=True``). It is this process's: with several, each
-    must call the loss on the gathered batch to see all negatives and to keep the same state.
+    train with batches of one size (``drop_last=True``).
+
+    With several processes, each passes its own pairs, and gets the loss of all of them: see
+    ``process_group`` of :func:`tempnet_kernels.dro_contrastive` for the gradients, which suit DDP.
+    Every rank must make each call, in eval mode too. Every rank holds the state of all samples and
+    writes what the others' pairs changed; a state dict of one rank is that of any, and loads on
+    any number of ranks.
 
     Activation checkpointing must not repeat a call that updates the state. That is an error, unless
     the loss is compiled within a region that is checkpointed in eager mode: then it goes unseen.
@@ -144,7 +155,8 @@ class RobustContrastiveLoss(nn.Module):
 
     def __init__(
         self, num_samples, gamma=0.8, rho=7.0, *, method="tempnet", tau=None, tau_min=None,
-        tau_max=None, image_temp_gen=None, text_temp_gen=None, estimator="log", backend="auto",
+        tau_max=None, image_temp_gen=None, text_temp_gen=None, estimator="log",
+        process_group="world", backend="auto",
     ):  # fmt: skip
         super().__init__()
         name = "RobustContrastiveLoss"
@@ -186,6 +198,7 @@ class RobustContrastiveLoss(nn.Module):
             )
         self.num_samples, self.gamma, self.rho = num_samples, gamma, rho
         self.method, self.estimator, self.backend = method, estimator, backend
+        self.process_group = process_group
         self.image_temp_gen, self.text_temp_gen = networks
         state = {}
         if method == "clip":
@@ -216,7 +229,8 @@ class RobustContrastiveLoss(nn.Module):
                 tempnet in eval mode, where it is a first visit of all: held-out pairs.
             image_ids, text_ids: ``[B]`` ids of the images and of the texts where several pairs
                 share one (captions of one image); default ids.
-            negative_mask: ``[B, B]`` bool, False where a pair is known not to be a negative.
+            negative_mask: ``[B, B]`` bool, False where a pair is known not to be a negative; with
+                several processes its columns are the pairs of all, in the order of the ranks.
             update_state: False for a repeated call on the same batch, which also repeats the
                 dropout masks. In eval mode there is no update either.
             epoch: what ``estimator="official"`` needs; "log" does not read it.
@@ -230,11 +244,13 @@ class RobustContrastiveLoss(nn.Module):
         update = update_state and self.training and self.method != "clip"
         self._check(image, text, ids, update)
         ids = None if ids is None else ids.long()
-        taus = self._temperatures(image, text, ids, update)
-        self._taus = tuple(tau.detach() for tau in taus)
         if self.estimator == "official":
             options = (image_ids, text_ids, negative_mask)
-            return self._official(image, text, taus, ids, epoch, update, options, return_stats)
+            return self._official(image, text, ids, epoch, update, options, return_stats)
+        image_ids = ids if image_ids is None else image_ids
+        text_ids = ids if text_ids is None else text_ids
+        ranks = self._meet(image, text, image_ids, text_ids, update)
+        taus = self._temperatures(image, text, ids, update)
         clip = self.method == "clip"
         log_s = {}
         if ids is not None and not clip:
@@ -242,22 +258,25 @@ class RobustContrastiveLoss(nn.Module):
         value, stats = dro_contrastive(
             image, text, *taus, 0.0 if clip else self.rho, **log_s,
             gamma=1.0 if clip else self.gamma, include_positive=clip,
-            image_ids=ids if image_ids is None else image_ids,
-            text_ids=ids if text_ids is None else text_ids,
-            negative_mask=negative_mask, return_stats=True, backend=self.backend,
+            image_ids=image_ids, text_ids=text_ids, negative_mask=negative_mask,
+            return_stats=True, process_group=ranks, backend=self.backend,
         )  # fmt: skip
         if update:
             new = {"log_s_image": stats.log_s_image, "log_s_text": stats.log_s_text}
-            self.state.write(ids, **new, **self._table_step(ids, taus, stats[4:6], stats[2:4]))
+            new |= self._table_step(ids, taus, stats[4:6], stats[2:4])
+            values = gather(torch.stack([x.float() for x in new.values()], 1), ranks)
+            self.state.write(gather(ids, ranks), **dict(zip(new, values.T, strict=True)))
         if clip:
             value = value / (2 * taus[0])
             # What is left to cross entropy, log n, has no gradient.
-            cross_entropy = (stats.log_s_image + stats.log_s_text).mean() / 2
+            pairs = image.shape[0] if ranks is None else ranks.pairs
+            cross_entropy = all_sum((stats.log_s_image + stats.log_s_text).sum(), ranks) / pairs / 2
             value = value + (cross_entropy - value).detach()
         return (value, stats) if return_stats else value
 
     def temperature_stats(self):
-        """:class:`ContrastiveTemperatureStats` of the last batch, without waiting for a GPU."""
+        """:class:`ContrastiveTemperatureStats` of the last batch, of this rank's pairs, without
+        waiting for a GPU."""
         if self._taus is None:
             raise RuntimeError("RobustContrastiveLoss: temperature_stats needs a forward first")
         networks = (self.image_temp_gen or self, self.text_temp_gen or self)
@@ -320,7 +339,26 @@ class RobustContrastiveLoss(nn.Module):
                 "pass update_state=False"
             )
 
+    def _meet(self, image, text, image_ids, text_ids, update):
+        """The ranks that share the batch; None for one process."""
+        group = self._group()
+        return None if group is None else meet(
+            "RobustContrastiveLoss", group, image, text, method=METHODS.index(self.method),
+            gamma=self.gamma, rho=self.rho, update_state=update, ids=image_ids is not None,
+            text_ids=text_ids is not None,
+        )  # fmt: skip
+
+    def _group(self):
+        if self.process_group != "world":
+            return self.process_group
+        return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
+
     def _temperatures(self, image, text, ids, update):
+        taus = self._predicted(image, text, ids, update)
+        self._taus = tuple(tau.detach() for tau in taus)
+        return taus
+
+    def _predicted(self, image, text, ids, update):
         """Of the anchors of both sides, each ``[B]`` or one number as 0-d."""
         if self.method == "tempnet":
             return (
@@ -340,12 +378,19 @@ class RobustContrastiveLoss(nn.Module):
             tau = torch.full((), self.tau, dtype=acc, device=image.device)
         return tau, tau
 
-    def _official(self, image, text, taus, ids, epoch, update, options, return_stats):
+    def _official(self, image, text, ids, epoch, update, options, return_stats):
         name = "RobustContrastiveLoss: estimator='official'"
         if epoch is None or ids is None or image.shape[0] < 2:
             raise ValueError(f"{name} needs ids, epoch and at least two pairs")
         if return_stats or any(x is not None for x in options):
             raise ValueError(f"{name} has no image_ids, text_ids, negative_mask and return_stats")
+        group = self._group()
+        if group is not None and group.size() > 1:
+            raise ValueError(
+                f"{name} is of one process, got {group.size()}: gather the batch in each of them "
+                "and pass process_group=None"
+            )
+        taus = self._temperatures(image, text, ids, update)
         acc = accumulation_dtype(image.dtype)
         state = {own: getattr(self.state, own) for own in self.state.initial}
         if not update:
@@ -375,6 +420,13 @@ class RobustContrastiveLoss(nn.Module):
             moved = (tau - ISOGCLR_RATE * u).clamp(self.tau_min, self.tau_max)
             new |= {f"u_{side}": u, f"tau_{side}": torch.where(moves, moved, tau)}
         return new
+
+    def __deepcopy__(self, memo):
+        # A ProcessGroup cannot be copied: copies share it.
+        memo[id(self.process_group)] = self.process_group
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
     def extra_repr(self):
         options = ("num_samples", "gamma", "rho", "method", "estimator", "backend")

@@ -1,0 +1,117 @@
+"""A batch of pairs that several processes share, and what they exchange about it."""
+
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+
+if dist.is_available():
+    # Their names as of torch 2.13; until then the others, which now warn.
+    _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+class Ranks(NamedTuple):
+    """Whose pairs are whose: rank r's columns are sizes[r] long, in the order of the ranks."""
+
+    group: "dist.ProcessGroup"
+    rank: int
+    sizes: tuple[int, ...]
+    pairs: int  # rows of all ranks
+
+    @property
+    def begin(self):
+        """The first of this rank's columns."""
+        return sum(self.sizes[: self.rank])
+
+
+@torch.compiler.disable
+def meet(function, group, image, text, **same):
+    """:class:`Ranks` of ``group``; None for one process. ``image [m, D]`` and ``text [n, D]`` are
+    this rank's; ``same`` are numbers that must be equal on all ranks, which otherwise would wait
+    for each other for ever. Waits for the device: the sizes are needed here."""
+    if isinstance(group, Ranks):
+        return group
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"{function}: process_group must be a torch.distributed.ProcessGroup with this process "
+            f"in it, or None, got {type(group).__name__}"
+        )
+    if group.size() == 1:
+        return None
+    same = {
+        "D": image.shape[1],
+        "dtype": _DTYPES.index(image.dtype),
+        "image.requires_grad": image.requires_grad,
+        "text.requires_grad": text.requires_grad,
+        "grad mode": torch.is_grad_enabled(),
+        **same,
+    }
+    own = [image.shape[0], text.shape[0], *same.values()]
+    own = torch.tensor(own, dtype=torch.float64, device=image.device)
+    table = own.new_empty((group.size(), own.shape[0]))
+    _all_gather(table.view(-1), own, group=group)
+    pairs, sizes, *others = table.T.tolist()
+    for name, values in zip(same, others, strict=True):
+        if any(value != values[0] for value in values):
+            raise ValueError(
+                f"{function}: {name} must be the same on all ranks, got {values} by rank"
+            )
+    sizes = tuple(int(n) for n in sizes)
+    return Ranks(group, group.rank(), sizes, int(sum(pairs)))
+
+
+def gather(x, ranks):
+    """``[n, ...]`` of this rank -> ``[N, ...]`` of all."""
+    if ranks is None:
+        return x
+    widest = max(ranks.sizes)
+    if x.shape[0] < widest:
+        x = torch.cat([x, x.new_zeros((widest - x.shape[0], *x.shape[1:]))])
+    gathered = x.new_empty((len(ranks.sizes) * widest, *x.shape[1:]))
+    _all_gather(gathered, x.contiguous(), group=ranks.group)
+    if min(ranks.sizes) == widest:
+        return gathered
+    return torch.cat(
+        [part[:n] for part, n in zip(gathered.split(widest), ranks.sizes, strict=True)]
+    )
+
+
+def reduce_scatter(x, ranks):
+    """``[N, ...]`` -> ``[n, ...]``: this rank's part of the sum over the ranks."""
+    if ranks is None:
+        return x
+    widest, n = max(ranks.sizes), ranks.sizes[ranks.rank]
+    if min(ranks.sizes) < widest:
+        padded = x.new_zeros((len(ranks.sizes), widest, *x.shape[1:]))
+        for to, part in zip(padded, x.split(ranks.sizes), strict=True):
+            to[: part.shape[0]] = part
+        x = padded.flatten(0, 1)
+    own = x.new_empty((widest, *x.shape[1:]))
+    _reduce_scatter(own, x.contiguous(), group=ranks.group)
+    return own[:n]
+
+
+def all_sum(x, ranks):
+    if ranks is None:
+        return x
+    x = x.clone()
+    dist.all_reduce(x, group=ranks.group)
+    return x
+
+
+def merge(columns, ranks):
+    """The states (m, s, sx, count), ``[4, N]``, of every rank's rows -> those of all rows,
+    ``[4, n]`` of this rank's columns."""
+    if ranks is None:
+        return columns
+    m, s, sx, count = columns
+    top = m.clone()
+    dist.all_reduce(top, dist.ReduceOp.MAX, group=ranks.group)
+    d = m - top
+    f = torch.exp2(d)
+    sums = reduce_scatter(torch.stack([f * s, f * (sx + d * s), count], 1), ranks)  # (n, 3)
+    own = top[ranks.begin : ranks.begin + sums.shape[0]]
+    return torch.stack([own, *sums.T])
