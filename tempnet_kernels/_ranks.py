@@ -27,11 +27,10 @@ class Ranks(NamedTuple):
         return sum(self.sizes[: self.rank])
 
 
-@torch.compiler.disable
 def meet(function, group, image, text, **same):
     """:class:`Ranks` of ``group``; None for one process. ``image [m, D]`` and ``text [n, D]`` are
-    this rank's; ``same`` are numbers that must be equal on all ranks, which otherwise would wait
-    for each other for ever. Waits for the device: the sizes are needed here."""
+    this rank's; ``same`` are numbers that must be equal on all ranks: they decide which collectives
+    follow. Waits for the device: the sizes are needed here."""
     if isinstance(group, Ranks):
         return group
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
@@ -39,8 +38,11 @@ def meet(function, group, image, text, **same):
             f"{function}: process_group must be a torch.distributed.ProcessGroup with this process "
             f"in it, or None, got {type(group).__name__}"
         )
-    if group.size() == 1:
-        return None
+    return _meet(function, group, image, text, same) if group.size() > 1 else None
+
+
+@torch.compiler.disable
+def _meet(function, group, image, text, same):
     same = {
         "D": image.shape[1],
         "dtype": _DTYPES.index(image.dtype),
@@ -65,8 +67,12 @@ def meet(function, group, image, text, **same):
 
 def gather(x, ranks):
     """``[n, ...]`` of this rank -> ``[N, ...]`` of all."""
-    if ranks is None:
-        return x
+    return x if ranks is None else _gather(x, ranks)
+
+
+# Not compiled, where ranks of different sizes would have different graphs.
+@torch.compiler.disable
+def _gather(x, ranks):
     widest = max(ranks.sizes)
     if x.shape[0] < widest:
         x = torch.cat([x, x.new_zeros((widest - x.shape[0], *x.shape[1:]))])
@@ -89,14 +95,18 @@ def reduce_scatter(x, ranks):
         for to, part in zip(padded, x.split(ranks.sizes), strict=True):
             to[: part.shape[0]] = part
         x = padded.flatten(0, 1)
+        del padded, to, part
     own = x.new_empty((widest, *x.shape[1:]))
     _reduce_scatter(own, x.contiguous(), group=ranks.group)
-    return own[:n]
+    return own if n == widest else own[:n].clone()  # not a view of the widest rank's memory
 
 
 def all_sum(x, ranks):
-    if ranks is None:
-        return x
+    return x if ranks is None else _all_sum(x, ranks)
+
+
+@torch.compiler.disable
+def _all_sum(x, ranks):
     x = x.clone()
     dist.all_reduce(x, group=ranks.group)
     return x

@@ -184,17 +184,18 @@ class _DROContrastive(torch.autograd.Function):
     """(image, text, tau_image [M], tau_text [M], ...) -> the value and, without a gradient, the
     statistics and what the backward needs.
 
-    With ``ranks`` the rows are this rank's images and the columns the texts of all, candidates
-    [N, D]; ``text`` [n, D] are this rank's. Every rank has the states of its rows, exchanges those
-    of the columns, and has the anchors of its own pairs, both sides.
+    With ``ranks`` the rows are this rank's images and the columns the texts of all. Every rank has
+    the states of its rows, exchanges those of the columns, and has the anchors of its own pairs,
+    both sides.
     """
 
     @staticmethod
     def forward(
-        image, text, tau_image, tau_text, candidates, log_s_image, log_s_text, positive, ids, mask,
+        image, text, tau_image, tau_text, log_s_image, log_s_text, positive, ids, mask,
         rho, gamma, include_positive, keep, ranks, backend,
     ):  # fmt: skip
         n = text.shape[0]
+        candidates = gather(text, ranks)  # (N, D)
         log2e = 1 / math.log(2)
         row_a = log2e / tau_image  # (M,)
         text_a = log2e / tau_text  # (M,)
@@ -231,21 +232,23 @@ class _DROContrastive(torch.autograd.Function):
             value.to(row_a.dtype), by_image.log_s, by_text.log_s, by_image.kl, by_text.kl,
             by_image.k, by_text.k, row_parameters, column_parameters,
             by_image.total + by_text.total, similarity,
+            text.new_empty((0, 0)) if ranks is None else candidates,
         )  # fmt: skip
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        image, _, _, _, candidates, _, _, positive, ids, mask, _, _, *options = inputs
+        image, text, _, _, _, _, positive, ids, mask, _, _, *options = inputs
         ctx.include_positive, _, ctx.ranks, ctx.backend = options
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(image, candidates, positive, ids, mask, *output[5:])
+        candidates = text if ctx.ranks is None else output[-1]
+        ctx.save_for_backward(image, candidates, positive, ids, mask, *output[5:-1])
 
     @staticmethod
     @once_differentiable("dro_contrastive")
     def backward(ctx, grad_value, *_):
         if grad_value is None:
-            return (None,) * 16
+            return (None,) * 15
         image, candidates, positive, ids, mask, k_image, k_text, *saved, similarity = (
             ctx.saved_tensors
         )
@@ -255,11 +258,10 @@ class _DROContrastive(torch.autograd.Function):
         scale = all_sum(grad_value, ctx.ranks) / max(1, _pairs(image, ctx.ranks))
         grad_image = grad_text = None
         if want[0] or want[1]:
-            grads = _op("dro_contrastive_grad", ctx.backend)(
+            grad_image, grad_text = _op("dro_contrastive_grad", ctx.backend)(
                 image, candidates, similarity, *saved, _columns_of(positive, ctx.ranks), ids, mask,
                 ctx.include_positive, want[0], want[1],
             )  # fmt: skip
-            grad_image, grad_text = grads
             if want[1]:
                 grad_text = reduce_scatter(grad_text, ctx.ranks)
             # In the accumulation dtype: a gradient of 1/B may underflow in float16 before it.
@@ -269,7 +271,7 @@ class _DROContrastive(torch.autograd.Function):
             )
         grad_tau_image = k_image * scale if want[2] else None
         grad_tau_text = k_text * scale if want[3] else None
-        return (grad_image, grad_text, grad_tau_image, grad_tau_text) + (None,) * 12
+        return (grad_image, grad_text, grad_tau_image, grad_tau_text) + (None,) * 11
 
 
 _apply_across_ranks = torch.compiler.disable(_DROContrastive.apply)
@@ -356,8 +358,10 @@ def dro_contrastive(
     The gradient is that of the sum of the ranks' (equal) losses: after the mean over ranks that DDP
     and FSDP take, parameters have the gradient of one process on the whole batch. Per pair of the
     batch, the ranks exchange the text features, the gradient of them in float32, and some 60 bytes.
-    Every rank must make the call, and the backward; it waits once for the device, and breaks a
-    compiled graph.
+    ``process_group`` must be the ranks that this mean is over. Every one of them must make the call
+    and the backward; the call waits once for the device, and breaks a compiled graph. Options and
+    dtypes that differ by rank raise on all; an error of one rank alone leaves the others waiting
+    until the group's timeout. ``torch.func`` transforms are for one process.
 
     Raises:
         ValueError, TypeError: an argument is off; the message names it, what was expected and what
@@ -391,10 +395,11 @@ def dro_contrastive(
     text_ids = _checked_ids(name, "text_ids", text_ids, n, device)
     ranks = process_group
     if process_group is not None:
+        differentiable = any(t.requires_grad for t in (image, text, tau_image, tau_text))
         ranks = meet(
             name, process_group, image, text, rho=rho, gamma=gamma,
             include_positive=include_positive, image_ids=image_ids is not None,
-            text_ids=text_ids is not None,
+            text_ids=text_ids is not None, **{"requires_grad of any argument": differentiable},
         )  # fmt: skip
     all_n = n if ranks is None else sum(ranks.sizes)
     ids = _ids(image_ids, text_ids, all_n, ranks, device)
@@ -404,8 +409,8 @@ def dro_contrastive(
     keep = track and m * all_n * acc.itemsize <= KEEP_BYTES
     apply = _DROContrastive.apply if ranks is None else _apply_across_ranks
     value, *stats = apply(
-        image, text, tau_image, tau_text, gather(text.detach(), ranks), log_s_image, log_s_text,
-        positive, ids, mask, float(rho), float(gamma), bool(include_positive), keep, ranks, chosen,
+        image, text, tau_image, tau_text, log_s_image, log_s_text, positive, ids, mask,
+        float(rho), float(gamma), bool(include_positive), keep, ranks, chosen,
     )  # fmt: skip
     return (value, ContrastiveStats(*stats[:6])) if return_stats else value
 
@@ -472,7 +477,7 @@ def _ids(image_ids, text_ids, n, ranks, device):
     """[2, N] int32 ranks of the ids: equal where the ids are; empty where no two are equal."""
     given, repeated = [], False
     readable = device.type == "cpu" and not torch.compiler.is_compiling()  # without waiting for it
-    for ids in (image_ids, text_ids):
+    for ids in (image_ids, None if text_ids is image_ids else text_ids):
         if ids is not None:
             ids = gather(ids, ranks)
             ordered = ids.sort().values

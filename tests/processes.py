@@ -1,6 +1,7 @@
 """Gloo processes that stay up for the tests of a module: starting them takes most of the time."""
 
 import pickle
+import queue
 import traceback
 from datetime import timedelta
 
@@ -9,16 +10,22 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 SECONDS = 60  # that a test may take before the processes are taken for stuck
+SECONDS_AFTER_ERROR = 5  # for which one rank may wait for another that has failed
 
 
 class Processes:
-    def __init__(self, world_size, path):
+    def __init__(self, world_size, folder):
+        self.world_size, self.folder, self.tasks = world_size, folder, 0
+        self.start()
+
+    def start(self):
         context = mp.get_context("spawn")
-        self.inboxes = [context.SimpleQueue() for _ in range(world_size)]
+        self.inboxes = [context.SimpleQueue() for _ in range(self.world_size)]
         self.results = context.Queue()
+        path = self.folder / f"store{self.tasks}"
         self.processes = [
             context.Process(
-                target=_serve, args=(rank, world_size, path, inbox, self.results), daemon=True
+                target=_serve, args=(rank, self.world_size, path, inbox, self.results), daemon=True
             )
             for rank, inbox in enumerate(self.inboxes)
         ]
@@ -27,13 +34,27 @@ class Processes:
 
     def run(self, world_size, function, *args):
         """``function(group, *args)`` of the first ``world_size`` processes -> results by rank.
-        An error of a rank is raised here."""
+        An error of a rank is raised here; processes that are stuck are replaced."""
+        self.tasks += 1
         for inbox in self.inboxes[:world_size]:
             inbox.put(pickle.dumps((world_size, function, args)))
-        answers = [self.results.get(timeout=SECONDS) for _ in range(world_size)]
-        for rank, _, error in sorted(answers):
-            assert error is None, f"rank {rank}: {error}"
-        return [pickle.loads(result) for _, result, _ in sorted(answers)]
+        results, errors, stuck = {}, [], False
+        while len(results) < world_size and not stuck:
+            try:
+                timeout = SECONDS_AFTER_ERROR if errors else SECONDS
+                rank, result, error = self.results.get(timeout=timeout)
+            except queue.Empty:
+                stuck = True
+            else:
+                results[rank] = result
+                errors += [f"rank {rank}: {error}"] if error else []
+        if stuck:
+            for process in self.processes:
+                process.kill()
+            self.start()
+        waiting = sorted(set(range(world_size)) - results.keys())
+        assert not (errors or stuck), "\n".join([*errors, f"ranks without an answer: {waiting}"])
+        return [pickle.loads(results[rank]) for rank in range(world_size)]
 
     def stop(self):
         for inbox in self.inboxes:
@@ -45,6 +66,9 @@ class Processes:
 
 def _serve(rank, world_size, path, inbox, results):
     torch.set_num_threads(1)
+    # As the fixture of conftest.py: unwritten memory is NaN.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
     dist.init_process_group(
         "gloo", init_method=f"file://{path}", rank=rank, world_size=world_size,
         timeout=timedelta(seconds=SECONDS),

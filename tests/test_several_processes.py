@@ -11,6 +11,9 @@ import processes
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -27,7 +30,7 @@ BACKENDS = ["reference", "native"] + ["triton"] * (os.environ.get("TRITON_INTERP
 
 @pytest.fixture(scope="module")
 def gloo(tmp_path_factory):
-    pool = processes.Processes(4, tmp_path_factory.mktemp("gloo") / "store")
+    pool = processes.Processes(4, tmp_path_factory.mktemp("gloo"))
     yield pool
     pool.stop()
 
@@ -43,7 +46,9 @@ def by_rank(sizes, **arguments):
 # What runs in the processes: functions of the group and of all ranks' arguments.
 
 
-def visit(group, ranks, options, upstream=(1.0,) * 4):
+def visit(group, ranks, options, upstream=(1.0,) * 4, tile_rows=None):
+    if tile_rows is not None:
+        _similarity.TILE_ROWS["cpu"], _similarity.TILE_BYTES["cpu"] = tile_rows, 1
     own = dict(ranks[group.rank()])
     tensors = contrastive.leaves([own.pop(name) for name in contrastive.NAMES])
     loss, stats = dro_contrastive(
@@ -53,13 +58,17 @@ def visit(group, ranks, options, upstream=(1.0,) * 4):
     return loss.detach(), [t.grad / group.size() for t in tensors], tuple(stats)
 
 
-def check(gloo, tensors, sizes, backend, log_s=(None, None), excluded=None, own=None, **options):
+def check(
+    gloo, tensors, sizes, backend, log_s=(None, None), excluded=None, own=None, tile_rows=None,
+    **options,
+):  # fmt: skip
     """Value, gradients and statistics of the ranks, joined, within the bounds of one process."""
     arguments = dict(zip(contrastive.NAMES, tensors, strict=True))
     arguments |= {"log_s_image": log_s[0], "log_s_text": log_s[1], **(own or {})}
     results = gloo.run(
-        len(sizes), visit, by_rank(sizes, **arguments), {"backend": backend, **options}
-    )
+        len(sizes), visit, by_rank(sizes, **arguments), {"backend": backend, **options},
+        (1.0,) * 4, tile_rows,
+    )  # fmt: skip
     exact = contrastive.leaves(tensors, torch.float64)
     wide = tuple(None if old is None else old.double() for old in log_s)
     value, surrogate, states, kls = contrastive.definition(
@@ -113,8 +122,11 @@ def test_ids_and_masks_reach_across_the_ranks(gloo, backend, sizes):
     assert not stats.kl_image.isnan().any()
 
 
-def test_a_tiled_batch_with_temperatures_near_the_floor(gloo, small_tiles):
-    check(gloo, contrastive.make(400, low=0.005), (150, 90, 100, 60), "native")
+@pytest.mark.parametrize("tile_rows", [64, 1024], ids=["many_tiles", "few_tiles"])
+def test_ragged_tiles_and_temperatures_near_the_floor(gloo, tile_rows):
+    """Tiles of up to 512 columns."""
+    tensors = contrastive.make(700, low=0.005)
+    check(gloo, tensors, (250, 130, 200, 120), "native", tile_rows=tile_rows)
 
 
 def extra_candidates(group, image, text, sizes):
@@ -172,6 +184,42 @@ def test_one_side_frozen(gloo, side):
     torch.testing.assert_close(got, tensors[side].grad)
 
 
+def frozen_features(group):
+    image, text = (x.detach() for x in contrastive.features(6, D))
+    tau = torch.full((6,), 0.1, requires_grad=True)
+    dro_contrastive(image, text, tau, 0.1, rho=3.0, process_group=group).backward()
+    return image, text, tau.grad / group.size()
+
+
+def test_only_temperatures_are_learned(gloo):
+    image, text, grad = map(torch.cat, zip(*gloo.run(2, frozen_features), strict=True))
+    tau = torch.full((12,), 0.1, requires_grad=True)
+    dro_contrastive(image, text, tau, 0.1, rho=3.0).backward()
+    torch.testing.assert_close(grad, tau.grad)
+
+
+def last_ranks(group):
+    """A group whose ranks are not those of the world; a small part's gradient is no view of what a
+    larger one took."""
+    pair = torch.distributed.new_group([1, 3])
+    if torch.distributed.get_rank() not in (1, 3):
+        return None
+    image, text = contrastive.features(4 if pair.rank() else 90, D)
+    loss = dro_contrastive(image, text, 0.1, 0.1, process_group=pair)
+    loss.backward()
+    assert text.grad.untyped_storage().nbytes() == text.grad.numel() * 4
+    return image.detach(), text.detach(), loss.detach()
+
+
+def test_a_group_of_some_ranks_of_the_world(gloo):
+    _, (image, text, loss), _, (last_image, last_text, same) = gloo.run(4, last_ranks)
+    expected = dro_contrastive(
+        torch.cat([image, last_image]), torch.cat([text, last_text]), 0.1, 0.1
+    )
+    torch.testing.assert_close(loss, expected)
+    assert torch.equal(loss, same)
+
+
 # The module under DDP.
 
 
@@ -206,12 +254,15 @@ def batches(steps, first=0):
         yield x, x + 0.5 * torch.randn(48, 20, generator=generator), ids
 
 
-def train(group, method, sizes, steps, first=0, checkpoint=None):
+def train(group, method, sizes, steps, first=0, checkpoint=None, sharded=False):
     """(losses, state dict) after some steps of SGD, or more of them after a checkpoint."""
     model = Model(method, group)
     if checkpoint is not None:
         model.load_state_dict(checkpoint)
-    model = DistributedDataParallel(model, process_group=group) if group.size() > 1 else model
+    if sharded:
+        fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
+    elif group.size() > 1:
+        model = DistributedDataParallel(model, process_group=group)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     losses = []
     for batch in batches(steps, first):
@@ -222,7 +273,8 @@ def train(group, method, sizes, steps, first=0, checkpoint=None):
         optimizer.step()
         losses.append(loss.detach())
     state = getattr(model, "module", model).state_dict()
-    return torch.stack(losses), {name: x.clone() for name, x in state.items()}
+    whole = lambda x: x.full_tensor() if isinstance(x, DTensor) else x.clone()  # noqa: E731
+    return torch.stack(losses), {name: whole(x) for name, x in state.items()}
 
 
 def assert_same_training(results, expected):
@@ -248,6 +300,13 @@ def test_ddp_trains_as_one_process_with_the_state_in_step(gloo, method, sizes):
     changed = [name for name, x in expected[1].items() if not torch.equal(x, initial[name])]
     assert "image.weight" in changed and ("loss.state.log_s_text" in changed) == (method != "clip")
     assert_same_training(gloo.run(len(sizes), train, method, sizes, 4), expected)
+
+
+@pytest.mark.parametrize("method", ["clip", "tempnet"])
+def test_fsdp_trains_as_one_process(gloo, method):
+    (expected,) = gloo.run(1, train, method, EVEN[1], 4)
+    results = gloo.run(2, train, method, UNEVEN[2], 4, 0, None, True)
+    assert_same_training(results, expected)
 
 
 @pytest.mark.parametrize("method", ["isogclr", "tempnet"])
@@ -341,24 +400,36 @@ def error_of(group, call):
 
 
 def unlike(group, name):
-    image, text = contrastive.features(3, D + (name == "D") * group.rank())
-    options = {}
-    if group.rank() == 1:
-        options = {
-            "rho": {"rho": 1.0},
-            "image_ids": {"image_ids": torch.arange(3)},
-            "include_positive": {"include_positive": True},
-        }.get(name, {})
-        if name == "dtype":
-            image, text = image.detach().half().requires_grad_(), text.half()
-        if name == "text.requires_grad":
-            text = text.detach()
-    return error_of(group, lambda g: dro_contrastive(image, text, 1, 1, process_group=g, **options))
+    """Rank 1 differs in ``name``."""
+    last = group.rank() == 1
+    image, text = contrastive.features(3, D + (last and name == "D"))
+    options = {
+        "rho": {"rho": 1.0},
+        "image_ids": {"image_ids": torch.arange(3)},
+        "include_positive": {"include_positive": True},
+    }
+    if last and name == "dtype":
+        image, text = image.detach().half().requires_grad_(), text.half()
+    if last and name == "text.requires_grad":
+        text = text.detach()
+    tau = 0.1
+    if name == "requires_grad of any argument":
+        image, text = image.detach(), text.detach()
+        tau = torch.tensor(0.1, requires_grad=not last)
+    options = options.get(name, {}) if last else {}
+    with torch.set_grad_enabled(not (last and name == "grad mode")):
+        return error_of(
+            group, lambda _: dro_contrastive(image, text, tau, 1, process_group=group, **options)
+        )
 
 
 @pytest.mark.parametrize(
-    "name", ["D", "dtype", "rho", "image_ids", "include_positive", "text.requires_grad"]
-)
+    "name",
+    [
+        "D", "dtype", "rho", "image_ids", "include_positive", "text.requires_grad", "grad mode",
+        "requires_grad of any argument",
+    ],
+)  # fmt: skip
 def test_ranks_that_differ_raise_instead_of_waiting_for_ever(gloo, name):
     for error in gloo.run(2, unlike, name):
         assert error.startswith(
@@ -366,9 +437,12 @@ def test_ranks_that_differ_raise_instead_of_waiting_for_ever(gloo, name):
         )
 
 
-def unlike_module(group):
-    loss_fn = RobustContrastiveLoss(8, method="sogclr", process_group=group)
-    loss_fn.train(group.rank() == 0)
+def unlike_module(group, name):
+    options = {"num_samples": 8, "method": "sogclr"}
+    options |= {name: 9 + group.rank()} if name in ("num_samples", "rho") else {}
+    options |= {name: 0.8 + 0.1 * group.rank()} if name == "gamma" else {}
+    loss_fn = RobustContrastiveLoss(**options, process_group=group)
+    loss_fn.train(name != "update_state" or group.rank() == 0)
     image, text = contrastive.features(3, D)
     return error_of(group, lambda _: loss_fn(image, text, torch.arange(3)))
 
@@ -380,23 +454,32 @@ def official(group):
     return error_of(group, lambda _: loss_fn(*contrastive.features(3, D), torch.arange(3), epoch=0))
 
 
-def test_misuse_of_the_module_says_so(gloo):
-    for error in gloo.run(2, unlike_module):
-        assert error.startswith("ValueError: RobustContrastiveLoss: update_state must be the same")
+@pytest.mark.parametrize("name", ["update_state", "num_samples", "rho", "gamma"])
+def test_modules_that_differ_raise(gloo, name):
+    for error in gloo.run(2, unlike_module, name):
+        assert error.startswith(f"ValueError: RobustContrastiveLoss: {name} must be the same on")
+
+
+def test_the_official_estimator_is_of_one_process(gloo):
     for error in gloo.run(2, official):
         assert "estimator='official' is of one process, got 2" in error
 
 
-def no_pairs(group):
-    image, text = contrastive.features(0, D)
-    loss = dro_contrastive(image, text, 0.1, 0.1, process_group=group)
+def no_pairs(group, texts):
+    image, _ = contrastive.features(0, D)
+    _, text = contrastive.features(texts, D)
+    loss = dro_contrastive(
+        image, text, 0.1, 0.1, positive=torch.arange(0), process_group=group
+    )  # fmt: skip
     loss.backward()
-    return loss.detach(), image.grad
+    return loss.detach(), image.grad, text.grad
 
 
-def test_no_pairs_on_any_rank(gloo):
-    for loss, grad in gloo.run(2, no_pairs):
-        assert loss.isnan() and grad.shape == (0, D)
+@pytest.mark.parametrize("texts", [0, 3])
+def test_no_pairs_on_any_rank(gloo, texts):
+    for loss, grad_image, grad_text in gloo.run(2, no_pairs, texts):
+        assert loss.isnan() and grad_image.shape == (0, D)
+        assert grad_text.shape == (texts, D) and (grad_text == 0).all()
 
 
 def test_what_is_no_group_says_what_was_expected():
@@ -406,6 +489,20 @@ def test_what_is_no_group_says_what_was_expected():
     loss_fn = RobustContrastiveLoss(3, method="sogclr", process_group=-100)  # of a non-member
     with pytest.raises(TypeError, match=r"RobustContrastiveLoss: process_group must be .* got int"):
         loss_fn(image, text, torch.arange(3))
+
+
+def compiled_whole(group):
+    """One process in an initialised group: no exchange, no graph break."""
+    torch.compiler.reset()
+    image, text = contrastive.features(6, D)
+    loss_fn = RobustContrastiveLoss(8, method="sogclr", process_group=group)
+    call = lambda a, b: loss_fn(a, b, torch.arange(6), update_state=False)  # noqa: E731
+    return torch.compile(call, fullgraph=True, backend="aot_eager")(image, text) - call(image, text)
+
+
+def test_one_process_of_a_group_compiles_whole(gloo):
+    (difference,) = gloo.run(1, compiled_whole)
+    assert difference.detach().abs() < 1e-6
 
 
 def copied_and_compiled(group):

@@ -94,6 +94,26 @@ class PerSampleState(nn.Module):
         return ", ".join(f"{name}: {tuple(getattr(self, name).shape)}" for name in self.initial)
 
 
+class _Bounded(torch.autograd.Function):
+    """``x`` clamped. At a bound the gradient vanishes only where a step against it leads further
+    out: otherwise x would stay there for ever."""
+
+    @staticmethod
+    def forward(x, low, high):
+        return x.clamp(low, high)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, ctx.low, ctx.high = inputs
+        ctx.save_for_backward(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        (x,) = ctx.saved_tensors
+        outward = ((x <= ctx.low) & (grad > 0)) | ((x >= ctx.high) & (grad < 0))
+        return grad.masked_fill(outward, 0), None, None
+
+
 class ContrastiveTemperatureStats(NamedTuple):
     """:class:`TemperatureStats` of either side."""
 
@@ -133,7 +153,7 @@ class RobustContrastiveLoss(nn.Module):
             and returns a number with the right gradient, not the loss. Its forward needs ``epoch``.
         process_group: the processes that share a batch: "world", all of them where
             ``torch.distributed`` is initialised when the loss is called; None, this one alone; or a
-            ``ProcessGroup``.
+            ``ProcessGroup``, with which the loss cannot be pickled.
         backend: as in :func:`tempnet_kernels.dro_contrastive`.
 
     The state is in the state dict (``state.*``), stays float32, and is not a buffer; move the loss
@@ -142,9 +162,10 @@ class RobustContrastiveLoss(nn.Module):
 
     With several processes, each passes its own pairs, and gets the loss of all of them: see
     ``process_group`` of :func:`tempnet_kernels.dro_contrastive` for the gradients, which suit DDP.
-    Every rank must make each call, in eval mode too. Every rank holds the state of all samples and
-    writes what the others' pairs changed; a state dict of one rank is that of any, and loads on
-    any number of ranks.
+    Every rank must make each call, in eval mode too (or set ``loss.process_group = None`` for the
+    while). Every rank holds the state of all samples and writes what the others' pairs changed. The
+    state dict of one rank is that of any; load it on every rank, on any number of them: DDP, which
+    hands on the weights of rank 0, does not know the state.
 
     Activation checkpointing must not repeat a call that updates the state. That is an error, unless
     the loss is compiled within a region that is checkpointed in eager mode: then it goes unseen.
@@ -242,7 +263,7 @@ class RobustContrastiveLoss(nn.Module):
                 and would update the state a second time.
         """
         update = update_state and self.training and self.method != "clip"
-        self._check(image, text, ids, update)
+        self._check(image, text, ids, update, image_ids=image_ids, text_ids=text_ids)
         ids = None if ids is None else ids.long()
         if self.estimator == "official":
             options = (image_ids, text_ids, negative_mask)
@@ -304,7 +325,7 @@ class RobustContrastiveLoss(nn.Module):
         temperature_bounds("RobustContrastiveLoss", tau_min, tau_max)
         return tau_min, tau_max
 
-    def _check(self, image, text, ids, update):
+    def _check(self, image, text, ids, update, **others):
         name = "RobustContrastiveLoss"
         check_features(name, image, text)
         if text.shape != image.shape:
@@ -332,6 +353,9 @@ class RobustContrastiveLoss(nn.Module):
                         f"{name}: ids[{row}] must be in [0, {self.num_samples}), "
                         f"got {int(ids[row])}"
                     )
+        for argument, value in others.items():
+            if value is not None:
+                check_integers(name, argument, value, image.shape[:1], image.device)
         if update and in_backward():
             raise RuntimeError(
                 f"{name}: forward runs again within a backward pass (activation checkpointing) and "
@@ -344,8 +368,8 @@ class RobustContrastiveLoss(nn.Module):
         group = self._group()
         return None if group is None else meet(
             "RobustContrastiveLoss", group, image, text, method=METHODS.index(self.method),
-            gamma=self.gamma, rho=self.rho, update_state=update, ids=image_ids is not None,
-            text_ids=text_ids is not None,
+            num_samples=self.num_samples, gamma=self.gamma, rho=self.rho, update_state=update,
+            ids=image_ids is not None, text_ids=text_ids is not None,
         )  # fmt: skip
 
     def _group(self):
@@ -368,11 +392,9 @@ class RobustContrastiveLoss(nn.Module):
         if self.method == "isogclr":
             return self.state.read("tau_image", ids), self.state.read("tau_text", ids)
         if self.method == "clip":
-            if self.training:
-                # The parameter, not its use, whose gradient would vanish beyond the bound.
-                with torch.no_grad():
-                    self.logit_scale.clamp_(*(-math.log(tau) for tau in reversed(CLIP_TAU)))
-            tau = torch.exp(-self.logit_scale).squeeze(0)
+            # Not the parameter, of which FSDP hands out a copy.
+            low, high = (-math.log(tau) for tau in reversed(CLIP_TAU))
+            tau = torch.exp(-_Bounded.apply(self.logit_scale, low, high)).squeeze(0)
         else:
             acc = accumulation_dtype(image.dtype)
             tau = torch.full((), self.tau, dtype=acc, device=image.device)
