@@ -8,6 +8,7 @@ CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 
 demo: .venv/built
 	$(BIN)/python examples/train_lm.py
+	$(BIN)/python examples/train_retrieval.py --seeds 1 --epochs 3
 
 test: .venv/built
 	$(BIN)/python -m pytest -n 2

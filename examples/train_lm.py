@@ -11,7 +11,6 @@ through the authors' formula in eager PyTorch), ``tempnet`` (the same through te
 
 import json
 import math
-import os
 import resource
 import statistics
 import subprocess
@@ -26,13 +25,12 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
+from loop import Loop, strip
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
 
 from tempnet_kernels.nn import TempNet, TempNetCrossEntropyLoss
 from tempnet_kernels.reference.official import official_cross_entropy
@@ -64,6 +62,7 @@ class Config:
     tempnet_lr: float = 1e-2
     text_mib: float = 6.0
     eval_every: int = 50
+    save_every: int = 100
     seed: int = 0
     device: str = "cpu"
 
@@ -170,10 +169,11 @@ def make_loss(kind, tempnet):
     return TempNetCrossEntropyLoss(tempnet, RHO[kind])
 
 
-class Trainer:
+class Trainer(Loop):
     def __init__(self, kind, config, out):
         self.kind, self.config, self.out = kind, config, out / kind
-        self.out.mkdir(parents=True, exist_ok=True)
+        self.label, self.steps = f"{kind:9}", config.steps
+        self.save_every, self.device = config.save_every, config.device
         self.train_ids, self.held_out_ids, self.tokenizer = tokenized(config, out)
         torch.manual_seed(config.seed)
         self.model = GPT(config).to(config.device)
@@ -192,7 +192,9 @@ class Trainer:
             self.model.requires_grad_(False)
         self.loss = make_loss(kind, self.tempnet)
         self.optimizer = torch.optim.AdamW(self.parameter_groups(), betas=(0.9, 0.95))
-        self.step = 0
+        self.modules = {"model": self.model}
+        if self.tempnet is not None:
+            self.modules["tempnet"] = self.tempnet
 
     def parameter_groups(self):
         groups = []
@@ -226,7 +228,6 @@ class Trainer:
         for group in self.optimizer.param_groups:
             nn.utils.clip_grad_norm_(group["params"], 1.0)
         self.optimizer.step()
-        self.step += 1
         return loss.detach()
 
     @torch.no_grad()
@@ -261,92 +262,20 @@ class Trainer:
             times.append((time.perf_counter() - start) * 1e3)
         return statistics.median(times)
 
-    # Checkpoints hold tensors only: weights, the optimizer's state, the step and the random state
-    # of dropout.
+    def measure(self):
+        row = {}
+        if isinstance(self.loss, TempNetCrossEntropyLoss):
+            stats = self.loss.temperature_stats()
+            row |= {f"tau_{k}": v.item() for k, v in stats._asdict().items()}
+        if self.step % self.config.eval_every == 0 or self.step == self.steps:
+            row["held_out"], row["held_out_tempered"] = self.held_out()
+        return row
 
-    @property
-    def checkpoint(self):
-        return self.out / "checkpoint.safetensors"
-
-    def save(self):
-        tensors = {
-            f"model.{k}": v for k, v in self.model.state_dict().items() if k != "head.weight"
-        }
-        if self.tempnet is not None:
-            tensors |= {f"tempnet.{k}": v for k, v in self.tempnet.state_dict().items()}
-        for i, state in self.optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{i}.{k}": v for k, v in state.items()}
-        tensors["step"] = torch.tensor(self.step)
-        tensors["rng"] = torch.get_rng_state()
-        if self.config.device == "cuda":
-            tensors["cuda_rng"] = torch.cuda.get_rng_state()
-        partial = self.checkpoint.with_suffix(".partial")
-        save_file({k: v.detach().clone().contiguous() for k, v in tensors.items()}, partial)
-        os.replace(partial, self.checkpoint)  # a kill in the middle leaves the old one
-
-    def load(self):
-        tensors = load_file(self.checkpoint, device=self.config.device)
-        self.model.load_state_dict(strip(tensors, "model."))
-        if self.tempnet is not None:
-            self.tempnet.load_state_dict(strip(tensors, "tempnet."))
-        state = self.optimizer.state_dict()
-        for key, value in tensors.items():
-            if key.startswith("optimizer."):
-                _, i, name = key.split(".")
-                # AdamW counts its steps in a tensor on the CPU.
-                state["state"].setdefault(int(i), {})[name] = (
-                    value.cpu() if name == "step" else value
-                )
-        self.optimizer.load_state_dict(state)
-        self.step = int(tensors["step"])
-        torch.set_rng_state(tensors["rng"].cpu())
-        if self.config.device == "cuda":
-            torch.cuda.set_rng_state(tensors["cuda_rng"].cpu())
-
-    def run(self, resume):
-        metrics = self.out / "metrics.jsonl"
-        rows = []
-        if resume and self.checkpoint.exists():
-            self.load()
-            rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-            rows = [row for row in rows if row["step"] < self.step]
-        board = SummaryWriter(self.out / "tensorboard", purge_step=self.step)
-        try:
-            with metrics.open("w") as file, tqdm(
-                total=self.config.steps, initial=self.step, desc=f"{self.kind:9}"
-            ) as bar:  # fmt: skip
-                file.writelines(json.dumps(row) + "\n" for row in rows)
-                while self.step < self.config.steps:
-                    start = time.perf_counter()
-                    loss = self.train_step().item()
-                    row = {"step": self.step - 1, "loss": loss}
-                    row["step_ms"] = (time.perf_counter() - start) * 1e3
-                    if isinstance(self.loss, TempNetCrossEntropyLoss):
-                        stats = self.loss.temperature_stats()
-                        row |= {f"tau_{k}": v.item() for k, v in stats._asdict().items()}
-                    if self.step % self.config.eval_every == 0 or self.step == self.config.steps:
-                        row["held_out"], row["held_out_tempered"] = self.held_out()
-                    rows.append(row)
-                    file.write(json.dumps(row) + "\n")
-                    for name, value in row.items():
-                        if value is not None and name != "step":
-                            board.add_scalar(name, value, row["step"])
-                    bar.update()
-                    bar.set_postfix(loss=f"{loss:.3f}")
-        except KeyboardInterrupt:
-            self.save()
-            print(f"\nstopped at step {self.step}; go on with --resume", file=sys.stderr)
-            raise typer.Exit(130) from None
-        finally:
-            board.close()
-        self.save()
-        self.write_result(rows)
-
-    def write_result(self, rows):
+    def result(self, rows):
         raw, tempered = self.held_out(batches=24)
         cuda = self.config.device == "cuda"
         peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_rss_mib()
-        result = {
+        return {
             "loss": self.kind.value,
             "step_time_ms": statistics.median(row["step_ms"] for row in rows),
             "peak_mib": peak,  # before the timing below
@@ -355,14 +284,6 @@ class Trainer:
             "held_out_tempered": tempered,
             "config": asdict(self.config),
         }
-        (self.out / "result.json").write_text(json.dumps(result, indent=1))
-
-
-def strip(tensors, prefix):
-    found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-    if prefix == "model.":
-        found["head.weight"] = found["tokens.weight"]  # tied
-    return found
 
 
 def peak_rss_mib():
