@@ -211,6 +211,48 @@ def test_killed_run_goes_on_as_if_nothing_had_happened(own_out):
         torch.testing.assert_close(mine, others, rtol=1e-6, atol=0)
 
 
+TWO_PROCESSES = """
+import sys
+from pathlib import Path
+import torch, torch.distributed as dist
+sys.path.insert(0, {examples!r})
+from train_retrieval import Config, Trainer
+torch.set_num_threads(1)
+dist.init_process_group("gloo")
+trainer = Trainer(Config(**{options}), Path({out!r}))
+trainer.run(resume=False)
+dist.barrier()
+del trainer
+dist.destroy_process_group()
+"""
+
+
+def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(own_out, tmp_path):
+    short = TINY | {"epochs": 1}
+    script = tmp_path / "two_processes.py"
+    examples = str(Path(loop.__file__).parent)
+    script.write_text(
+        TWO_PROCESSES.format(examples=examples, options=short, out=str(own_out))
+    )  # fmt: skip
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", script]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 0, result.stderr
+    two = Trainer(Config(**short), own_out)
+    two.load()
+    steps, rows = curve(two)
+
+    one = Trainer(Config(**short), own_out)
+    one.run(resume=False)
+    assert steps == list(range(one.steps)) and two.step == one.steps
+    # The loss; the temperatures' statistics are those of the first process's pairs.
+    torch.testing.assert_close(rows[:, 0], curve(one)[1][:, 0], rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        two.model.loss.state.log_s_text, one.model.loss.state.log_s_text, rtol=1e-4, atol=1e-4,
+        equal_nan=True,
+    )  # fmt: skip
+    torch.testing.assert_close(two.train_step(), one.train_step(), rtol=1e-3, atol=0)
+
+
 def test_ctrl_c_waits_for_the_end_of_the_step(own_out):
     trainer = Trainer(Config(**TINY), own_out)
     step = trainer.train_step
