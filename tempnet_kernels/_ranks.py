@@ -29,8 +29,9 @@ class Ranks(NamedTuple):
 
 def meet(function, group, image, text, **same):
     """:class:`Ranks` of ``group``; None for one process. ``image [m, D]`` and ``text [n, D]`` are
-    this rank's; ``same`` are numbers that must be equal on all ranks: they decide which collectives
-    follow. Waits for the device: the sizes are needed here."""
+    this rank's; ``same`` are numbers, or functions that return one, which must be equal on all
+    ranks: they decide which collectives follow, and the result. Waits for the device: the sizes are
+    needed here."""
     if isinstance(group, Ranks):
         return group
     if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
@@ -51,7 +52,8 @@ def _meet(function, group, image, text, same):
         "grad mode": torch.is_grad_enabled(),
         **same,
     }
-    own = [image.shape[0], text.shape[0], *same.values()]
+    values = (value() if callable(value) else value for value in same.values())
+    own = [image.shape[0], text.shape[0], *values]
     own = torch.tensor(own, dtype=torch.float64, device=image.device)
     table = own.new_empty((group.size(), own.shape[0]))
     _all_gather(table.view(-1), own, group=group)

@@ -447,6 +447,26 @@ def unlike_module(group, name):
     return error_of(group, lambda _: loss_fn(image, text, torch.arange(3)))
 
 
+def loaded_on_one_rank(group):
+    """The error, and the loss once the state is loaded on both."""
+    loss_fn = RobustContrastiveLoss(8, method="sogclr", process_group=group)
+    image, text = contrastive.features(3, D)
+    loss_fn(image, text, torch.arange(3))
+    saved = copy.deepcopy(loss_fn.state_dict())
+    fresh = RobustContrastiveLoss(8, method="sogclr", process_group=group)
+    if group.rank() == 0:
+        fresh.load_state_dict(saved)
+    error = error_of(group, lambda _: fresh(image, text, torch.arange(3)))
+    fresh.load_state_dict(saved)
+    return error, fresh(image, text, torch.arange(3)).detach()
+
+
+def test_a_state_loaded_on_one_rank_only_raises(gloo):
+    for error, loss in gloo.run(2, loaded_on_one_rank):
+        assert error.startswith("ValueError: RobustContrastiveLoss: the state (a state dict is to")
+        assert loss.isfinite()
+
+
 def official(group):
     loss_fn = RobustContrastiveLoss(
         8, method="sogclr", estimator="official", process_group=group

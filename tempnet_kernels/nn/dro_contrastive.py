@@ -42,6 +42,7 @@ class PerSampleState(nn.Module):
     def __init__(self, num_samples, initial):
         super().__init__()
         self.initial = initial
+        self.in_step = False  # known to be the same on all ranks
         for name, x in initial.items():
             setattr(self, name, torch.full((num_samples,), x, dtype=torch.float32))
 
@@ -56,6 +57,14 @@ class PerSampleState(nn.Module):
         last = order[torch.searchsorted(ordered, ids, right=True) - 1]
         for name, value in new.items():
             getattr(self, name)[ids] = value[last].to(torch.float32)
+
+    def fingerprint(self):
+        """A number that differs where states do; exact, so in whatever order it is summed. 0 once
+        they were the same: from then on every rank writes the same."""
+        if self.in_step:
+            return 0
+        bits = (getattr(self, name).view(torch.int32) for name in self.initial)
+        return sum(int(x.sum(dtype=torch.int64)) for x in bits) % (1 << 31)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)
@@ -74,6 +83,7 @@ class PerSampleState(nn.Module):
     def _load_from_state_dict(
         self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
     ):
+        self.in_step = False
         for name in self.initial:
             value, loaded = getattr(self, name), state_dict.get(prefix + name)
             if loaded is None:
@@ -165,7 +175,8 @@ class RobustContrastiveLoss(nn.Module):
     Every rank must make each call, in eval mode too (or set ``loss.process_group = None`` for the
     while). Every rank holds the state of all samples and writes what the others' pairs changed. The
     state dict of one rank is that of any; load it on every rank, on any number of them: DDP, which
-    hands on the weights of rank 0, does not know the state.
+    hands on the weights of rank 0, does not know the state. A state that is not the same on all
+    ranks raises in the first call after it was loaded.
 
     Activation checkpointing must not repeat a call that updates the state. That is an error, unless
     the loss is compiled within a region that is checkpointed in eager mode: then it goes unseen.
@@ -366,11 +377,17 @@ class RobustContrastiveLoss(nn.Module):
     def _meet(self, image, text, image_ids, text_ids, update):
         """The ranks that share the batch; None for one process."""
         group = self._group()
-        return None if group is None else meet(
+        if group is None:
+            return None
+        ranks = meet(
             "RobustContrastiveLoss", group, image, text, method=METHODS.index(self.method),
             num_samples=self.num_samples, gamma=self.gamma, rho=self.rho, update_state=update,
             ids=image_ids is not None, text_ids=text_ids is not None,
+            **{"the state (a state dict is to be loaded on every rank)": self.state.fingerprint},
         )  # fmt: skip
+        if ranks is not None:
+            self.state.in_step = True
+        return ranks
 
     def _group(self):
         if self.process_group != "world":
