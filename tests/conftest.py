@@ -69,6 +69,16 @@ def backend(request, monkeypatch):
         yield name
 
 
+@pytest.fixture(scope="module")
+def gloo(tmp_path_factory):
+    """Four gloo processes."""
+    import processes
+
+    pool = processes.Processes(4, tmp_path_factory.mktemp("gloo"))
+    yield pool
+    pool.stop()
+
+
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several tiles in both directions, the last ones ragged."""

@@ -9,6 +9,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+# Pairs by rank: as many on each, and not.
+EVEN = {1: (48,), 2: (24, 24), 4: (12, 12, 12, 12)}
+UNEVEN = {2: (31, 17), 4: (20, 0, 27, 1)}
+
 SECONDS = 60  # that a test may take before the processes are taken for stuck
 SECONDS_AFTER_ERROR = 5  # for which one rank may wait for another that has failed
 
@@ -82,3 +86,11 @@ def _serve(rank, world_size, path, inbox, results):
         except Exception:
             results.put((rank, None, traceback.format_exc()))
     dist.destroy_process_group()
+
+
+def error_of(group, call):
+    try:
+        call(group)
+    except Exception as e:
+        return f"{type(e).__name__}: {e}"
+    return None
