@@ -8,7 +8,6 @@ one cannot be told from the other by it.
 
 import ast
 import json
-import os
 import re
 import sysconfig
 import unicodedata
@@ -20,6 +19,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
+from loop import replace
 from matplotlib.ft2font import FT2Font
 from safetensors.torch import load_file, save_file
 
@@ -123,9 +123,7 @@ def build(data, path, names_path):
             tensors[part + "images"] = torch.from_numpy(np.stack([images[i] for i in row]))
     # The tensors last, and renamed: they are what tells that the cache is complete.
     names_path.write_text(json.dumps([known[HELD_OUT:], known[:HELD_OUT]]))
-    partial = path.with_suffix(".partial")
-    save_file(tensors, partial)
-    os.replace(partial, path)
+    replace(path, lambda partial: save_file(tensors, partial))
 
 
 def vocabulary(bags):

@@ -85,8 +85,9 @@ def move(x, device):
 
 
 def shifted(images, corners):
-    """Each 32 x 32 image cut anew from within a margin of 2 pixels; ``corners [B, 2]`` in 0..4."""
-    windows = F.pad(images, (2, 2, 2, 2)).unfold(1, 32, 1).unfold(2, 32, 1)
+    """Each square image cut anew from within a margin of 2 pixels; ``corners [B, 2]`` in 0..4."""
+    side = images.shape[1]
+    windows = F.pad(images, (2, 2, 2, 2)).unfold(1, side, 1).unfold(2, side, 1)
     down, right = corners.unbind(1)
     return windows[torch.arange(len(images)), down, right]
 

@@ -39,7 +39,7 @@ class Model(torch.nn.Module):
 
 
 def batches(steps, first=0):
-    """[48, 40] both sides of a pair, and its id; the last one repeats ids within the batch."""
+    """Both sides of 48 pairs, each [48, 20], and their ids; those of step 2 repeat some."""
     for step in range(first, first + steps):
         generator = torch.Generator().manual_seed(step)
         x = torch.randn(48, 20, generator=generator)

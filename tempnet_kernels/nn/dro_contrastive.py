@@ -148,7 +148,8 @@ class RobustContrastiveLoss(nn.Module):
         num_samples: number of pairs of the training set; the state is one float32 per sample and
             side. 0 for ``method="clip"``.
         gamma: weight of a batch in the moving averages, in (0, 1].
-        rho: KL radius in nats.
+        rho: KL radius in nats. The KL of n negatives is at most log n: with a rho above that of the
+            whole batch, learned temperatures only fall.
         method: see above.
         tau: the temperature that clip, sogclr or isogclr begins with; by default 0.07, 0.07, 0.01.
             clip's stays in [0.01, 1] as open_clip's.
