@@ -2,15 +2,12 @@
 // online_softmax.h, then again, out of the cache, for its gradient.
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
 #include <limits>
 #include <tuple>
 
-#include "../checks.h"
-#include "../online_softmax.h"
-#include "vectorize.h"
+#include "row_reduce.h"
 
 namespace tempnet {
 namespace {
@@ -19,18 +16,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr const char* kName = "dro_cross_entropy";
-// Columns per block: 16 KiB of fp32 stay in the first-level cache between the block's two passes.
-constexpr int64_t kBlock = 4096;
-// Columns summed before the sum is added to the block's: without it the error grows with the row.
-constexpr int64_t kSum = 512;
-
-template <class T>
-struct Strided {
-  T* data;
-  int64_t stride;
-  T& operator[](int64_t i) const { return data[i * stride]; }
-};
-
 struct Target {
   const void* data;
   int64_t stride;
@@ -56,62 +41,6 @@ struct Args {
   int64_t ignore_index;
   LossOptions<T> options;
 };
-
-template <class T>
-struct Block {
-  RowState<T> state;
-  T zmax;
-  T su;  // sum_j u_j
-};
-
-template <class T>
-TEMPNET_INLINE const T* widen(const T* z, T*, int64_t) {
-  return z;
-}
-template <class Z, class T>
-TEMPNET_INLINE const T* widen(const Z* z, T* scratch, int64_t count) {
-#pragma omp simd
-  for (int64_t j = 0; j < count; ++j) scratch[j] = load(z[j]);
-  return scratch;
-}
-
-template <bool kFma, class Z, class T>
-TEMPNET_INLINE Block<T> reduce_block(const Z* logits, int64_t count, T a) {
-  // 16-bit logits are converted once: the compiler does not vectorise a reduction over mixed
-  // widths.
-  T scratch[kBlock];
-  const T* z = widen(logits, scratch, count);
-  T zmax = -std::numeric_limits<T>::infinity();
-#pragma omp simd reduction(max : zmax)
-  for (int64_t j = 0; j < count; ++j) {
-    zmax = z[j] > zmax ? z[j] : zmax;  // drops NaN, which reaches s below
-  }
-  const T m = std::max(zmax * a, Constants<T>::kEmpty);
-  Block<T> block{{m, 0, 0}, zmax, 0};
-  for (int64_t begin = 0; begin < count; begin += kSum) {
-    const int64_t end = std::min(count, begin + kSum);
-    T s = 0, sx = 0, su = 0;
-#pragma omp simd reduction(+ : s, sx, su)
-    for (int64_t j = begin; j < end; ++j) {
-      const T u = centred<kFma>(z[j], a, m);
-      const T clamped = clamp_exponent(u);
-      const T e = exp2_clamped(clamped);
-      s += e;
-      sx += e * clamped;
-      su += u;
-    }
-    prefetch(logits + kBlock + begin, kSum);
-    block.state.s += s;
-    block.state.sx += sx;
-    block.su += su;
-  }
-  return block;
-}
-
-template <bool kFma, class T>
-TEMPNET_INLINE T weight(T z, T a, T m) {
-  return exp2_clamped(clamp_exponent(centred<kFma>(z, a, m)));
-}
 
 // grad_j = scale * (c p_j - q_j), with p_j = 2^u_j / s. grad may be z.
 template <bool kFma, class Z, class T>
@@ -238,19 +167,6 @@ struct ScaleRows {
   }
 };
 
-template <template <class, class> class Rows, class Z, class T>
-void run_parallel(const Args<Z, T>& args) {
-  const int64_t grain = std::max<int64_t>(1, (1 << 15) / args.v);
-  torch::stable::parallel_for(0, args.n, grain, [&](int64_t begin, int64_t end) {
-    run_rows<Rows<Z, T>>(args, begin, end);
-  });
-}
-
-template <class T>
-Strided<const T> strided(const Tensor& tensor) {
-  return {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0)};
-}
-
 // Everything of Args that all three ops read off the gradient's or the logits' shape.
 template <class Z, class T>
 Args<Z, T> shape_args(const Tensor& wide) {
@@ -285,28 +201,6 @@ Args<Z, T> row_args(const Tensor& logits, const Tensor& target, const Tensor& ta
   return args;
 }
 
-template <class Z, class T>
-struct Types {
-  using Storage = Z;
-  using Accumulator = T;
-};
-
-template <class F>
-void for_dtype(const Tensor& tensor, F f) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return f(Types<float, float>{});
-    case ScalarType::Double:
-      return f(Types<double, double>{});
-    case ScalarType::BFloat16:
-      return f(Types<BFloat16, float>{});
-    case ScalarType::Half:
-      return f(Types<Half, float>{});
-    default:
-      throw_bad_argument(kName, "logits", "float32, float64, bfloat16 or float16");
-  }
-}
-
 using RowTensors = std::tuple<Tensor, Tensor, Tensor>;
 
 // grad: undefined where none is wanted; may be the logits.
@@ -317,7 +211,7 @@ RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& targe
   Tensor loss = torch::stable::new_empty(tau, {n});
   Tensor rows = torch::stable::new_empty(tau, {kRowFields, n});
   Tensor argmax = torch::stable::new_empty(tau, {want_argmax ? n : 0}, ScalarType::Long);
-  for_dtype(logits, [&](auto types) {
+  for_dtype(kName, "logits", logits, [&](auto types) {
     using Z = typename decltype(types)::Storage;
     using T = typename decltype(types)::Accumulator;
     auto args =
@@ -329,7 +223,7 @@ RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& targe
     args.loss = static_cast<T*>(loss.mutable_data_ptr());
     args.rows = static_cast<T*>(rows.mutable_data_ptr());
     args.argmax = want_argmax ? static_cast<int64_t*>(argmax.mutable_data_ptr()) : nullptr;
-    run_parallel<ForwardRows>(args);
+    run_parallel<ForwardRows<Z, T>>(args, args.n, args.v);
   });
   return {loss, rows, argmax};
 }
@@ -354,7 +248,7 @@ RowTensors dro_cross_entropy_fwd_(Tensor logits, Tensor target, Tensor tau, Tens
 Tensor dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows,
                              int64_t ignore_index, double label_smoothing, double z_loss) {
   Tensor grad = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
-  for_dtype(logits, [&](auto types) {
+  for_dtype(kName, "logits", logits, [&](auto types) {
     using Z = typename decltype(types)::Storage;
     using T = typename decltype(types)::Accumulator;
     auto args =
@@ -362,20 +256,20 @@ Tensor dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor sc
     args.grad = static_cast<Z*>(grad.mutable_data_ptr());
     args.grad_stride = grad.stride(0);
     args.rows = static_cast<T*>(rows.mutable_data_ptr());
-    run_parallel<BackwardRows>(args);
+    run_parallel<BackwardRows<Z, T>>(args, args.n, args.v);
   });
   return grad;
 }
 
 void scale_rows_(Tensor grad, Tensor scale) {
-  for_dtype(grad, [&](auto types) {
+  for_dtype(kName, "grad", grad, [&](auto types) {
     using Z = typename decltype(types)::Storage;
     using T = typename decltype(types)::Accumulator;
     auto args = shape_args<Z, T>(grad);
     args.grad = static_cast<Z*>(grad.mutable_data_ptr());
     args.grad_stride = grad.stride(0);
     args.scale = strided<T>(scale);
-    run_parallel<ScaleRows>(args);
+    run_parallel<ScaleRows<Z, T>>(args, args.n, args.v);
   });
 }
 

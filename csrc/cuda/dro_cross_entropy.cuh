@@ -37,7 +37,6 @@ struct Params {
   Extras* extras;  // the same
 };
 
-constexpr int kVectors = 8;  // 16-byte vectors of a row that a thread holds: 32 registers
 constexpr int kSplitThreads = 256;
 constexpr int kElementwiseThreads = 512;
 
@@ -71,17 +70,6 @@ TEMPNET_DEVICE const Z* logits_row(const Params& params, int64_t i) {
 template <class Z>
 TEMPNET_DEVICE Z* grad_row(const Params& params, int64_t i) {
   return static_cast<Z*>(params.grad) + i * params.grad_stride;
-}
-
-template <class Z>
-TEMPNET_DEVICE void fill(Z* row, int begin, int end, float value) {
-  const uint32_t word = Word<Z>::pack(value, value);
-  const uint32_t words[kWords] = {word, word, word, word};
-  const Span<Z, true> span(row, begin, end);
-  const int vectors = span.vectors();
-  for (int k = threadIdx.x; k < vectors; k += blockDim.x) {
-    span.store(row, true, span.column(k), words);
-  }
 }
 
 TEMPNET_DEVICE float times(float scale, float x) { return scale == 0 ? 0.0f : scale * x; }
@@ -128,130 +116,6 @@ TEMPNET_DEVICE Gradient gradient(const Params& params, const RowInputs& row, con
   const float c = z_loss == 0 ? 1.0f : probability_factor(z_loss, ln2 * (m + log2f(p.s)), row.tau);
   return gradient_of_row(row.a, m, 1 / p.s, p.z_y, row.y, c, stored, params.options.label_smoothing,
                          1 / float(params.v));
-}
-
-// Shared memory of the merge: a barrier, and a record of every warp of the cluster.
-struct Records {
-  uint64_t* barrier;
-  float4* records;
-};
-TEMPNET_DEVICE Records shared_records() {
-  uint8_t* arena = shared_memory();
-  return {reinterpret_cast<uint64_t*>(arena), reinterpret_cast<float4*>(arena + 16)};
-}
-template <bool kHasExtras>
-constexpr int kRecord = kHasExtras ? 2 : 1;  // in units of 16 bytes
-inline int merge_bytes(int threads, int cluster) {
-  return 16 + cluster * threads / kWarp * int(sizeof(Partial) + sizeof(Extras));
-}
-
-// Early: the CTAs of a cluster begin at different times.
-template <bool kHasExtras>
-TEMPNET_DEVICE void begin_merge() {
-  if (cluster_size() == 1) return;
-  if (threadIdx.x == 0) {
-    uint64_t* barrier = shared_records().barrier;
-    mbarrier_init(barrier, 1);
-    mbarrier_init_fence();
-    mbarrier_arrive_expect(barrier,
-                           cluster_size() * (blockDim.x / kWarp) * kRecord<kHasExtras> * 16);
-  }
-  cluster_arrive_relaxed();
-}
-
-// The merge over the warps of a CTA, or of a cluster of them, in every thread. Every read of the
-// row's logits by this CTA comes before its end.
-template <bool kHasExtras>
-TEMPNET_DEVICE void merge_warps(Partial& p, Extras* extras, float a) {
-  const auto [barrier, records] = shared_records();
-  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-  warp_merge(p, extras, a);
-  float4* own = records + (int(cluster_rank()) * warps + warp) * kRecord<kHasExtras>;
-  const float4 part{p.zmax, p.s, p.sx, p.z_y};
-  float4 rest{0, 0, 0, 0};
-  if (kHasExtras) {
-    rest = float4{extras->su, extras->count, bits_to_float(uint32_t(extras->argmax)), 0};
-  }
-  if (cluster_size() == 1) {
-    if (lane == 0) {
-      own[0] = part;
-      if (kHasExtras) own[1] = rest;
-    }
-    __syncthreads();
-  } else {
-    cluster_wait();  // every CTA has begun: its barrier is there
-    if (lane < int(cluster_size())) {
-      store_remote(own, lane, part, barrier);
-      if (kHasExtras) store_remote(own + 1, lane, rest, barrier);
-    }
-    mbarrier_wait(barrier, 0);
-  }
-  // The largest first: then every record is moved once.
-  const int count = int(cluster_size()) * warps;
-  p = Partial{};
-  for (int j = lane; j < count; j += kWarp) {
-    p.zmax = fmaxf(p.zmax, records[j * kRecord<kHasExtras>].x);
-  }
-  p.zmax = warp_max(p.zmax);
-  if (kHasExtras) *extras = Extras{};
-  const float m = row_maximum(p.zmax, a);
-  for (int j = lane; j < count; j += kWarp) {
-    const float4 x = records[j * kRecord<kHasExtras>];
-    Partial q{x.x, x.y, x.z, x.w};
-    Extras q_extras;
-    if (kHasExtras) {
-      const float4 e = records[j * kRecord<kHasExtras> + 1];
-      q_extras = Extras{e.x, e.y, int(float_to_bits(e.z)), 0};
-      if (x.x == p.zmax && q_extras.argmax < extras->argmax) extras->argmax = q_extras.argmax;
-    }
-    move_to(m, a, q, kHasExtras ? &q_extras : nullptr);
-    add(p, extras, q, kHasExtras ? &q_extras : nullptr);
-  }
-  warp_add(p, extras);
-  if (kHasExtras) extras->argmax = warp_min(extras->argmax);
-}
-
-// The part of the span that this thread reads, tile by tile.
-template <class Z, Mode kMode>
-TEMPNET_DEVICE Partial reduce_span(const Span<Z, true>& span, float a, Extras* extras) {
-  constexpr bool kHasExtras = has_extras<kMode>;
-  constexpr int kTile = kHasExtras ? kVectors / 2 : kVectors;
-  const int vectors = span.vectors();
-  Partial p;
-  for (int first = threadIdx.x; first < vectors; first += kTile * int(blockDim.x)) {
-    const auto column = [&](int k) { return span.column(first + k * int(blockDim.x)); };
-    uint32_t words[kTile][kWords];
-#pragma unroll
-    for (int k = 0; k < kTile; ++k) span.template load<true>(column(k), words[k]);
-    Extras q_extras;
-    const Partial q =
-        reduce_vectors<Z, kMode>(words, a, span, column, kHasExtras ? &q_extras : nullptr);
-    merge_into(p, extras, q, kHasExtras ? &q_extras : nullptr, a);
-  }
-  return p;
-}
-
-// Several vectors at a time, so that their loads are in flight together.
-constexpr int kBatch = 4;
-
-template <class Z, class F>
-TEMPNET_DEVICE void transform_span(const Span<Z, true>& span, Z* row, F f) {
-  const int vectors = span.vectors();
-  const bool aligned = span.aligned_in(row);
-  for (int first = threadIdx.x; first < vectors; first += kBatch * int(blockDim.x)) {
-    uint32_t words[kBatch][kWords];
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      span.template load<false>(span.column(first + k * int(blockDim.x)), words[k]);
-    }
-#pragma unroll
-    for (int k = 0; k < kBatch; ++k) {
-      const int column = span.column(first + k * int(blockDim.x));
-      if (column >= span.end) break;
-      f(column, words[k]);
-      span.store(row, aligned, column, words[k]);
-    }
-  }
 }
 
 template <class Z>

@@ -1,169 +1,13 @@
-// Rows of logits on a GPU: 16-byte vectors packed in registers, their state of online_softmax.h,
-// and its merge over the threads of a warp, a CTA and a cluster.
+// The state of online_softmax.h of rows of logits on a GPU, and its merge over the threads of a
+// warp, a CTA and a cluster.
 #pragma once
 
-#include "../online_softmax.h"
-#include "device.cuh"
+#include "row_span.cuh"
 
 namespace tempnet {
 namespace device {
 
-constexpr int kWarp = 32;
-constexpr int kNoColumn = 0x7fffffff;
-
-inline int divide_up(int x, int y) { return (x + y - 1) / y; }
-
-struct BFloat16 {
-  uint16_t bits;
-};
-struct Half {
-  uint16_t bits;
-};
-
-// A 32-bit word of packed logits. kCount of them; kMinusInfinity fills a word.
-template <class Z>
-struct Word;
-
-template <>
-struct Word<float> {
-  static constexpr int kCount = 1;
-  static constexpr uint32_t kMinusInfinity = 0xff800000u;
-  static TEMPNET_DEVICE float get(uint32_t word, int) { return bits_to_float(word); }
-  static TEMPNET_DEVICE uint32_t max(uint32_t x, uint32_t y) {
-    return float_to_bits(fmaxf(bits_to_float(x), bits_to_float(y)));
-  }
-  static TEMPNET_DEVICE uint32_t pack(float low, float) { return float_to_bits(low); }
-};
-
-template <>
-struct Word<BFloat16> {
-  static constexpr int kCount = 2;
-  static constexpr uint32_t kMinusInfinity = 0xff80ff80u;
-  static TEMPNET_DEVICE float get(uint32_t word, int i) {
-    return bits_to_float(i ? word & 0xffff0000u : word << 16);
-  }
-  static TEMPNET_DEVICE uint32_t max(uint32_t x, uint32_t y) { return max_bf16x2(x, y); }
-  static TEMPNET_DEVICE uint32_t pack(float low, float high) { return pack_bf16x2(low, high); }
-};
-
-template <>
-struct Word<Half> {
-  static constexpr int kCount = 2;
-  static constexpr uint32_t kMinusInfinity = 0xfc00fc00u;
-  static TEMPNET_DEVICE float get(uint32_t word, int i) {
-    return unpack_f16(i ? word >> 16 : word & 0xffffu);
-  }
-  static TEMPNET_DEVICE uint32_t max(uint32_t x, uint32_t y) { return max_f16x2(x, y); }
-  static TEMPNET_DEVICE uint32_t pack(float low, float high) { return pack_f16x2(low, high); }
-};
-
-constexpr int kWords = 4;  // per 16-byte vector
-template <class Z>
-constexpr int kColumns = kWords * Word<Z>::kCount;
-
-template <class Z>
-constexpr int kBits = 32 / Word<Z>::kCount;
-
-// Column j of a vector := the low bits of `bits`; j is known at compile time.
-template <class Z>
-TEMPNET_DEVICE void set_column(uint32_t (&words)[kWords], int j, uint32_t bits) {
-  const int shift = j % Word<Z>::kCount * kBits<Z>;
-  const uint32_t mask = uint32_t((uint64_t(1) << kBits<Z>)-1) << shift;
-  uint32_t& word = words[j / Word<Z>::kCount];
-  word = (word & ~mask) | ((bits << shift) & mask);
-}
-
-template <class Z>
-TEMPNET_DEVICE float to_float(Z z);
-template <>
-TEMPNET_DEVICE float to_float(float z) {
-  return z;
-}
-template <>
-TEMPNET_DEVICE float to_float(BFloat16 z) {
-  return bits_to_float(uint32_t(z.bits) << 16);
-}
-template <>
-TEMPNET_DEVICE float to_float(Half z) {
-  return unpack_f16(z.bits);
-}
-
-template <class Z>
-TEMPNET_DEVICE uint32_t raw_bits(Z z) {
-  return z.bits;
-}
-template <>
-TEMPNET_DEVICE uint32_t raw_bits(float z) {
-  return float_to_bits(z);
-}
-template <class Z>
-TEMPNET_DEVICE Z from_bits(uint32_t bits) {
-  return Z{static_cast<uint16_t>(bits)};
-}
-template <>
-TEMPNET_DEVICE float from_bits(uint32_t bits) {
-  return bits_to_float(bits);
-}
-
-// Columns [begin, end) of a row as 16-byte vectors. Without kEdges, begin is on 16 bytes and the
-// columns are whole vectors. With kEdges, vectors are counted from the last 16-byte boundary at or
-// before begin, and of the first and the last some columns belong to somebody else.
-template <class Z, bool kEdges>
-struct Span {
-  const Z* row;
-  int first, begin, end;
-
-  TEMPNET_DEVICE Span(const Z* row, int begin, int end)
-      : row(row), first(begin), begin(begin), end(end) {
-    if (kEdges) first -= int(reinterpret_cast<uintptr_t>(row + begin) % 16 / sizeof(Z));
-  }
-  TEMPNET_DEVICE int column(int vector) const { return first + vector * kColumns<Z>; }
-  TEMPNET_DEVICE int vectors() const { return (end - first + kColumns<Z> - 1) / kColumns<Z>; }
-  TEMPNET_DEVICE bool whole(int column) const {
-    return kEdges ? column >= begin && column + kColumns<Z> <= end : column < end;
-  }
-  TEMPNET_DEVICE bool holds(int column) const { return column >= begin && column < end; }
-
-  // -inf in the columns that do not belong to the span. kKeep: it is read again.
-  template <bool kKeep>
-  TEMPNET_DEVICE void load(int column, uint32_t (&words)[kWords]) const {
-    if (whole(column)) {
-      const uint4* from = reinterpret_cast<const uint4*>(row + column);
-      const uint4 v = kKeep ? *from : load_stream(from);
-      words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
-      return;
-    }
-#pragma unroll
-    for (int w = 0; w < kWords; ++w) words[w] = Word<Z>::kMinusInfinity;
-    if constexpr (kEdges) {
-#pragma unroll
-      for (int j = 0; j < kColumns<Z>; ++j) {
-        if (holds(column + j)) set_column<Z>(words, j, raw_bits(row[column + j]));
-      }
-    }
-  }
-
-  // Whether the vectors begin on 16 bytes in another row as well.
-  TEMPNET_DEVICE bool aligned_in(const Z* other) const {
-    return !kEdges || reinterpret_cast<uintptr_t>(other + first) % 16 == 0;
-  }
-
-  TEMPNET_DEVICE void store(Z* to, bool aligned, int column,
-                            const uint32_t (&words)[kWords]) const {
-    if (aligned && whole(column)) {
-      store_stream(reinterpret_cast<uint4*>(to + column),
-                   uint4{words[0], words[1], words[2], words[3]});
-    } else if constexpr (kEdges) {
-#pragma unroll
-      for (int j = 0; j < kColumns<Z>; ++j) {
-        if (holds(column + j)) {
-          to[column + j] =
-              from_bits<Z>(words[j / Word<Z>::kCount] >> (j % Word<Z>::kCount * kBits<Z>));
-        }
-      }
-    }
-  }
-};
+constexpr int kVectors = 8;  // 16-byte vectors of a row that a thread holds: 32 registers
 
 // What merges of a row's parts carry. m of online_softmax.h is row_maximum(zmax, a) for every
 // owner of the same zmax, so it is not stored.
@@ -330,6 +174,107 @@ TEMPNET_DEVICE Partial reduce_vectors(const uint32_t (&words)[kVectors][kWords],
       const float z = Word<Z>::get(best[j / Word<Z>::kCount], j % Word<Z>::kCount);
       if (z == p.zmax) extras->argmax = first + j;
     }
+  }
+  return p;
+}
+
+// Shared memory of the merge: a barrier, and a record of every warp of the cluster.
+struct Records {
+  uint64_t* barrier;
+  float4* records;
+};
+TEMPNET_DEVICE Records shared_records() {
+  uint8_t* arena = shared_memory();
+  return {reinterpret_cast<uint64_t*>(arena), reinterpret_cast<float4*>(arena + 16)};
+}
+template <bool kHasExtras>
+constexpr int kRecord = kHasExtras ? 2 : 1;  // in units of 16 bytes
+inline int merge_bytes(int threads, int cluster) {
+  return 16 + cluster * threads / kWarp * int(sizeof(Partial) + sizeof(Extras));
+}
+
+// Early: the CTAs of a cluster begin at different times.
+template <bool kHasExtras>
+TEMPNET_DEVICE void begin_merge() {
+  if (cluster_size() == 1) return;
+  if (threadIdx.x == 0) {
+    uint64_t* barrier = shared_records().barrier;
+    mbarrier_init(barrier, 1);
+    mbarrier_init_fence();
+    mbarrier_arrive_expect(barrier,
+                           cluster_size() * (blockDim.x / kWarp) * kRecord<kHasExtras> * 16);
+  }
+  cluster_arrive_relaxed();
+}
+
+// The merge over the warps of a CTA, or of a cluster of them, in every thread. Every read of the
+// row's logits by this CTA comes before its end.
+template <bool kHasExtras>
+TEMPNET_DEVICE void merge_warps(Partial& p, Extras* extras, float a) {
+  const auto [barrier, records] = shared_records();
+  const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  warp_merge(p, extras, a);
+  float4* own = records + (int(cluster_rank()) * warps + warp) * kRecord<kHasExtras>;
+  const float4 part{p.zmax, p.s, p.sx, p.z_y};
+  float4 rest{0, 0, 0, 0};
+  if (kHasExtras) {
+    rest = float4{extras->su, extras->count, bits_to_float(uint32_t(extras->argmax)), 0};
+  }
+  if (cluster_size() == 1) {
+    if (lane == 0) {
+      own[0] = part;
+      if (kHasExtras) own[1] = rest;
+    }
+    __syncthreads();
+  } else {
+    cluster_wait();  // every CTA has begun: its barrier is there
+    if (lane < int(cluster_size())) {
+      store_remote(own, lane, part, barrier);
+      if (kHasExtras) store_remote(own + 1, lane, rest, barrier);
+    }
+    mbarrier_wait(barrier, 0);
+  }
+  // The largest first: then every record is moved once.
+  const int count = int(cluster_size()) * warps;
+  p = Partial{};
+  for (int j = lane; j < count; j += kWarp) {
+    p.zmax = fmaxf(p.zmax, records[j * kRecord<kHasExtras>].x);
+  }
+  p.zmax = warp_max(p.zmax);
+  if (kHasExtras) *extras = Extras{};
+  const float m = row_maximum(p.zmax, a);
+  for (int j = lane; j < count; j += kWarp) {
+    const float4 x = records[j * kRecord<kHasExtras>];
+    Partial q{x.x, x.y, x.z, x.w};
+    Extras q_extras;
+    if (kHasExtras) {
+      const float4 e = records[j * kRecord<kHasExtras> + 1];
+      q_extras = Extras{e.x, e.y, int(float_to_bits(e.z)), 0};
+      if (x.x == p.zmax && q_extras.argmax < extras->argmax) extras->argmax = q_extras.argmax;
+    }
+    move_to(m, a, q, kHasExtras ? &q_extras : nullptr);
+    add(p, extras, q, kHasExtras ? &q_extras : nullptr);
+  }
+  warp_add(p, extras);
+  if (kHasExtras) extras->argmax = warp_min(extras->argmax);
+}
+
+// The part of the span that this thread reads, tile by tile.
+template <class Z, Mode kMode>
+TEMPNET_DEVICE Partial reduce_span(const Span<Z, true>& span, float a, Extras* extras) {
+  constexpr bool kHasExtras = has_extras<kMode>;
+  constexpr int kTile = kHasExtras ? kVectors / 2 : kVectors;
+  const int vectors = span.vectors();
+  Partial p;
+  for (int first = threadIdx.x; first < vectors; first += kTile * int(blockDim.x)) {
+    const auto column = [&](int k) { return span.column(first + k * int(blockDim.x)); };
+    uint32_t words[kTile][kWords];
+#pragma unroll
+    for (int k = 0; k < kTile; ++k) span.template load<true>(column(k), words[k]);
+    Extras q_extras;
+    const Partial q =
+        reduce_vectors<Z, kMode>(words, a, span, column, kHasExtras ? &q_extras : nullptr);
+    merge_into(p, extras, q, kHasExtras ? &q_extras : nullptr, a);
   }
   return p;
 }
