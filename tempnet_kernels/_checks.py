@@ -6,7 +6,7 @@ import math
 import torch
 
 
-def check_target(target, vocab_size, ignore_index):
+def check_target(target, vocab_size, ignore_index, function="dro_cross_entropy"):
     """Raise IndexError for the first bad row of a target on the CPU; on a GPU that would wait for
     it."""
     if target.device.type != "cpu":
@@ -15,7 +15,7 @@ def check_target(target, vocab_size, ignore_index):
     if bad.any():
         row = int(bad.nonzero()[0])
         raise IndexError(
-            f"dro_cross_entropy: target[{row}] must be in [0, {vocab_size}) or "
+            f"{function}: target[{row}] must be in [0, {vocab_size}) or "
             f"ignore_index={ignore_index}, got {int(target[row])}"
         )
 

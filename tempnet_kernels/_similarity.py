@@ -4,6 +4,7 @@ one elementwise kernel of the backend, never an M x N matrix."""
 import torch
 
 from tempnet_kernels import _register
+from tempnet_kernels._products import add_product, multiply, operand
 
 # Bytes of a tile of similarities in the accumulation dtype. On the CPU a tile and its operands stay
 # in the last-level cache between the product and the elementwise kernel.
@@ -12,9 +13,6 @@ TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 TILE_ROWS = {"cpu": 1024, "cuda": 4096}
 # Bytes of the features whose positives are taken off the gradients at a time.
 POSITIVE_BYTES = {"cpu": 512 << 10, "cuda": 32 << 20}
-# Where a product of 16-bit matrices accumulates in float32 and can return that. Elsewhere it would
-# round the similarities to 16 bits, so the features are copied to float32 first.
-WIDE_PRODUCTS = {"cuda"}
 
 
 def _tiles(m, n, device, itemsize):
@@ -31,17 +29,6 @@ def _tiles(m, n, device, itemsize):
 _op = _register.operator
 
 
-def _operand(features, acc):
-    return features if features.device.type in WIDE_PRODUCTS else features.to(acc)
-
-
-def _multiply(a, b, out):
-    """out := a b in the dtype of ``out``."""
-    if a.dtype == out.dtype:
-        return torch.mm(a, b, out=out)
-    return torch.mm(a, b, out_dtype=out.dtype, out=out)
-
-
 def _scale(rows, columns, dtype):
     """A power of two that moves weights of float16 to the middle of its range, 0-d: of 2^18 pairs
     each has 4e-6, a subnormal number, and w may be up to 2 / gamma."""
@@ -56,19 +43,11 @@ def _with_scaled_q(parameters, scale):
     return parameters if scale is None else torch.cat([parameters[:2], parameters[2:] * scale])
 
 
-def _add_product(out, a, b):
-    """out += a b in the dtype of ``out``."""
-    if a.dtype == out.dtype:  # not addmm_, which torch's flop counter does not know
-        torch.addmm(out, a, b, out=out)
-    else:
-        torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-
-
 def dro_contrastive_stats(
     backend, image, text, row_a, column_a, positive, ids, mask, include_positive, keep
 ):
     m, n = image.shape[0], text.shape[0]
-    image, text = _operand(image, row_a.dtype), _operand(text, row_a.dtype)
+    image, text = operand(image, row_a.dtype), operand(text, row_a.dtype)
     rows, columns = row_a.new_zeros((5, m)), row_a.new_zeros((5, n))
     rows[0], columns[0] = -1e30, -1e30
     similarity = row_a.new_empty((m, n) if keep else (0, 0))
@@ -76,7 +55,7 @@ def dro_contrastive_stats(
     buffer = None if keep else _buffer(row_a, row_a.dtype, tiles)
     for r, c in tiles:
         tile = similarity[r, c] if keep else _view(buffer, r, c)
-        _multiply(image[r], text[c].T, tile)
+        multiply(image[r], text[c].T, tile)
         _op("similarity_stats_", backend)(
             rows, columns, tile, r.start, c.start, row_a, column_a, positive, ids, mask,
             include_positive,
@@ -96,7 +75,7 @@ def dro_contrastive_grad(
 ):  # fmt: skip
     m = image.shape[0]
     acc = rows.dtype
-    image, text = _operand(image, acc), _operand(text, acc)
+    image, text = operand(image, acc), operand(text, acc)
     grad_image = rows.new_zeros(image.shape if want_image else (0, 0))
     grad_text = rows.new_zeros(text.shape if want_text else (0, 0))
     if not m:
@@ -139,14 +118,14 @@ def _add_weighted(
         if similarity.numel():
             tile = similarity[r, c]
         else:
-            tile = _multiply(image[r], text[c].T, _view(tile_buffer, r, c))
+            tile = multiply(image[r], text[c].T, _view(tile_buffer, r, c))
         _op("similarity_weights_", backend)(
             weights, tile, r.start, c.start, rows, columns, positive, ids, mask, include_positive
         )
         if grad_image is not None:
-            _add_product(grad_image[r], weights, text[c])
+            add_product(grad_image[r], weights, text[c])
         if grad_text is not None:
-            _add_product(grad_text[c], weights.T, image[r])
+            add_product(grad_text[c], weights.T, image[r])
 
 
 def _buffer(like, dtype, tiles):

@@ -285,7 +285,7 @@ def dro_cross_entropy(
     Source: arXiv 2404.04575; official code ``GPT-2/megatron/model/tempnet.py``.
     """
     name = "dro_cross_entropy"
-    _check_arguments(
+    check_arguments(
         name, logits, target, row_weight, normalizer, label_smoothing, z_loss, reduction
     )
     vocab_size = logits.shape[-1]
@@ -296,7 +296,7 @@ def dro_cross_entropy(
     rows_target = target.reshape(-1)  # (N,)
     n = rows_target.shape[0]
     rows_tau = temperatures(name, "tau", tau, tuple(target.shape), logits.device, acc)  # (N,)
-    scale, total = _row_scale(
+    scale, total = row_scale(
         rows_target, row_weight, normalizer, ignore_index, reduction, acc
     )  # (N,), 0-d or None
 
@@ -321,22 +321,26 @@ def dro_cross_entropy(
         loss = loss + 0 / total.detach()  # the mean over nothing is NaN
     if not return_stats:
         return loss
-    return loss, _stats(rows, argmax, vocab_size, target.shape)
+    return loss, token_stats(rows, argmax, vocab_size, target.shape)
 
 
-def _check_arguments(
-    name, logits, target, row_weight, normalizer, label_smoothing, z_loss, reduction
-):
-    for argument, value in (("logits", logits), ("target", target)):
+def check_arguments(
+    name, logits, target, row_weight, normalizer, label_smoothing, z_loss, reduction,
+    letters=("logits", "V"),
+):  # fmt: skip
+    """``letters``: the name of what has the rows, and of its width."""
+    wide, width = letters
+    for argument, value in ((wide, logits), ("target", target)):
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name}: {argument} must be a tensor, got {type(value).__name__}")
     if logits.dtype not in _DTYPES:
         raise TypeError(
-            f"{name}: logits must be float32, bfloat16, float16 or float64, got {logits.dtype}"
+            f"{name}: {wide} must be float32, bfloat16, float16 or float64, got {logits.dtype}"
         )
     if logits.dim() < 1 or logits.shape[-1] < 1:
         raise ValueError(
-            f"{name}: logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}"
+            f"{name}: {wide} must have shape (..., {width}) with {width} >= 1, "
+            f"got {tuple(logits.shape)}"
         )
     if target.dtype not in (torch.int64, torch.int32):
         raise TypeError(f"{name}: target must be int64 or int32, got {target.dtype}")
@@ -366,7 +370,7 @@ def _check_arguments(
         raise ValueError(f"{name}: z_loss must be finite and >= 0, got {z_loss}")
 
 
-def _row_scale(target, row_weight, normalizer, ignore_index, reduction, acc):
+def row_scale(target, row_weight, normalizer, ignore_index, reduction, acc):
     """(scale [N], the sum it was divided by or None): a scale holds the row's weight and the
     normaliser."""
     n = target.shape[0]
@@ -430,7 +434,7 @@ def _storage_to_overwrite(name, logits, reduction):
     return base, stride
 
 
-def _stats(rows, argmax, vocab_size, shape):
+def token_stats(rows, argmax, vocab_size, shape):
     lse = (rows[M] + rows[LOG2_S]) * math.log(2)
     kl = math.log(vocab_size) - rows[ENTROPY]
     per_row = (lse, rows[ENTROPY], kl, rows[LOG_PROB], argmax)

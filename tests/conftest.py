@@ -98,7 +98,7 @@ def wide_products(monkeypatch):
             bias, a.to(out_dtype), b.to(out_dtype), beta=beta, alpha=alpha, out=out
         )  # fmt: skip
 
-    monkeypatch.setattr("tempnet_kernels._similarity.WIDE_PRODUCTS", {"cpu", "cuda"})
+    monkeypatch.setattr("tempnet_kernels._products.WIDE_PRODUCTS", {"cpu", "cuda"})
     library = torch.library.Library("aten", "IMPL")
     library.impl("mm.dtype_out", mm, "CPU")
     library.impl("addmm.dtype_out", addmm, "CPU")

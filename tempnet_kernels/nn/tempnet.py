@@ -4,8 +4,10 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from tempnet_kernels import _tempnet
 from tempnet_kernels._checks import temperature_bounds
 
 # Where the published checkpoints keep the TempNet inside a full model's state dict.
@@ -73,6 +75,8 @@ class TempNet(nn.Module):
         if vocab_size < 1:
             raise ValueError(f"TempNet: vocab_size must be >= 1, got {vocab_size}")
         temperature_bounds("TempNet", tau_min, tau_max)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"TempNet: dropout must be in [0, 1), got {dropout}")
         if center not in (None, "max"):
             raise ValueError(f"TempNet: center must be None or 'max', got {center!r}")
         self.vocab_size = vocab_size
@@ -91,9 +95,15 @@ class TempNet(nn.Module):
         nn.init.zeros_(self.last.bias)
         self.register_load_state_dict_pre_hook(_accept_published_layouts)
 
-    def forward(self, logits):
+    def forward(self, logits=None, *, inside=None):
         """logits ``[..., V]`` of a float dtype -> temperatures ``[...]`` in float32 (float64 for a
-        float64 network)."""
+        float64 network).
+
+        inside: a function that is called with this network in place of that, and whose result is
+        returned. FSDP gathers a network's parameters for the duration of its forward only.
+        """
+        if inside is not None:
+            return inside(self)
         if logits.shape[-1] != self.vocab_size:
             raise ValueError(
                 f"TempNet: logits must have {self.vocab_size} columns, "
@@ -106,11 +116,29 @@ class TempNet(nn.Module):
         # In float32 for 16-bit logits: the square of a logit above 256 overflows float16.
         z = z.to(torch.promote_types(torch.float32, dtype))
         z = torch.where(z == -math.inf, 0, z)
-        x = z / z.norm(dim=-1, keepdim=True).clamp_min(1e-12)
-        h = self.proj(x.to(dtype)).to(z.dtype)  # (..., hidden_size)
-        w = torch.softmax(h / self.scaler.to(z.dtype).exp(), -1)
-        t = self.last(((w - 1 / h.shape[-1]) * h).to(dtype)).squeeze(-1).to(z.dtype)
-        return self.tau_min + (self.tau_max - self.tau_min) * torch.sigmoid(t)
+        x = z / z.norm(dim=-1, keepdim=True).clamp_min(_tempnet.NORM_MIN)
+        pre = F.linear(x.to(dtype), self.proj[0].weight).to(z.dtype)  # (..., hidden_size)
+        keep = self.dropout_factors(pre.shape, pre.device, pre.dtype)
+        with torch.autocast(pre.device.type, enabled=False):
+            share, _ = _tempnet.head(pre, self.head(z.dtype), keep)
+        return self.tau_min + (self.tau_max - self.tau_min) * share
+
+    def head(self, dtype):
+        """The parameters after the first layer's weight."""
+        parameters = (
+            self.proj[0].bias, self.proj[3].weight, self.proj[3].bias, self.scaler,
+            self.last.weight, self.last.bias,
+        )  # fmt: skip
+        return _tempnet.Head(*(p.to(dtype) for p in parameters))
+
+    def dropout_factors(self, shape, device, dtype):
+        """0 or 1 / (1 - probability) for each of the first layer's outputs; None where dropout is
+        off."""
+        probability = self.proj[2].p
+        if not self.training or probability == 0:
+            return None
+        keep = torch.empty(shape, device=device, dtype=dtype).bernoulli_(1 - probability)
+        return keep.div_(1 - probability)
 
     def extra_repr(self):
         bounds = f"tau=[{self.tau_min}, {self.tau_max}]"

@@ -1,0 +1,64 @@
+"""What follows the TempNet's first layer, and its gradient by hand: it runs inside operators."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+
+NORM_MIN = 1e-12  # of a row of logits that is divided by its norm
+
+
+class Head(NamedTuple):
+    """The parameters after ``W1``; H is the width. All of one dtype."""
+
+    b1: torch.Tensor  # (H,)
+    w2: torch.Tensor  # (H, H)
+    b2: torch.Tensor  # (H,)
+    scaler: torch.Tensor  # (1,)
+    last_weight: torch.Tensor  # (1, H)
+    last_bias: torch.Tensor  # (1,)
+
+
+class Saved(NamedTuple):
+    """What the gradient needs of a call of :func:`head`."""
+
+    h1: torch.Tensor  # (N, H)
+    dropped: torch.Tensor  # (N, H)
+    h: torch.Tensor  # (N, H)
+    w: torch.Tensor  # (N, H)
+    share: torch.Tensor  # (N,)
+
+
+def head(pre, p, keep=None):
+    """(share of the range [tau_min, tau_max] in [0, 1], :class:`Saved`), from ``pre = W1 x``
+    ``[N, H]`` and dropout factors ``keep`` ``[N, H]`` (0 or 1 / (1 - probability))."""
+    h1 = torch.sigmoid(pre + p.b1)
+    dropped = h1 if keep is None else h1 * keep
+    h = F.linear(dropped, p.w2, p.b2)
+    w = torch.softmax(h / p.scaler.exp(), -1)
+    t = F.linear((w - 1 / h.shape[-1]) * h, p.last_weight, p.last_bias).squeeze(-1)  # (N,)
+    share = torch.sigmoid(t)
+    return share, Saved(h1, dropped, h, w, share)
+
+
+def head_gradients(grad_share, saved, p, keep=None):
+    """(gradient of ``pre`` ``[N, H]``, :class:`Head` of gradients) for ``grad_share`` ``[N]``."""
+    h1, dropped, h, w, share = saved
+    grad_t = grad_share * share * (1 - share)  # (N,)
+    centred = w - 1 / h.shape[1]
+    grad_mixed = grad_t[:, None] * p.last_weight  # (N, H)
+    grad_w = grad_mixed * h
+    temperature = p.scaler.exp()
+    grad_x = w * (grad_w - (grad_w * w).sum(1, keepdim=True)) / temperature  # of h, through w
+    grad_h = grad_mixed * centred + grad_x
+    grad_dropped = grad_h @ p.w2
+    grad_h1 = grad_dropped if keep is None else grad_dropped * keep
+    grad_pre = grad_h1 * h1 * (1 - h1)
+    return grad_pre, Head(
+        b1=grad_pre.sum(0),
+        w2=grad_h.T @ dropped,
+        b2=grad_h.sum(0),
+        scaler=-(grad_x * h).sum().view(1),
+        last_weight=(grad_t @ (centred * h))[None],
+        last_bias=grad_t.sum().view(1),
+    )

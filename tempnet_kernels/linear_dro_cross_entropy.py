@@ -1,0 +1,348 @@
+"""Token loss of a linear layer's outputs, which are never held whole: schema, autograd, public
+function.
+
+With z = W h + b for a row h, and tau given or predicted by a TempNet from z, the loss is that of
+:mod:`tempnet_kernels.dro_cross_entropy`. A chunk of rows at a time: logits, temperatures, loss, the
+logits' gradient in their place, then d hidden = dz W and d weight += dz^T h. Three matrix products,
+nothing is computed twice. The TempNet's first layer is folded into the linear one: W1 z = (W1 W) h +
+W1 b, a product of width D instead of V.
+"""
+
+import functools
+import math
+
+import torch
+
+from tempnet_kernels import _register
+from tempnet_kernels._checks import (
+    check_has_float64,
+    check_like,
+    once_differentiable,
+    temperatures,
+)
+from tempnet_kernels._products import unit_of
+from tempnet_kernels.dro_cross_entropy import (
+    GRAD_TAU,
+    LOSS,
+    ROWS,
+    accumulation_dtype,
+    check_arguments,
+    row_scale,
+    token_stats,
+)
+from tempnet_kernels.nn.tempnet import TempNet
+
+# What backend="auto" takes per device type: the first that is built.
+AUTO = {"cpu": ("native",), "cuda": ("native", "triton")}
+
+# Bytes of a chunk's logits. Every chunk adds to the weight's gradient, which is read and written in
+# float32 each time: without that gradient a chunk can be smaller.
+CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
+CHUNK_BYTES_WITHOUT_WEIGHT = {"cpu": 64 << 20, "cuda": 128 << 20}
+
+
+def _fake_row_moments(logits, center):
+    return logits.new_empty((4, logits.shape[0]), dtype=accumulation_dtype(logits.dtype))
+
+
+def _fake_fwd(
+    hidden, weight, bias, target, tau, scale, tempnet, keep, rho, ignore_index, label_smoothing,
+    z_loss, softcap, tau_min, tau_max, center, fold, chunk_rows, drop_ignored, wants, want_argmax,
+):  # fmt: skip
+    (n, d), v = hidden.shape, weight.shape[0]
+    acc = scale.dtype
+    want_hidden, want_weight, want_bias, want_w1, want_head = wants
+    grad_dtype = acc if hidden.dtype == torch.float16 else hidden.dtype
+    grads = []
+    if want_w1 or want_head:
+        shapes = [tempnet[0].shape if want_w1 else (0, 0), *(p.shape for p in tempnet[1:])]
+        grads = [scale.new_empty(shape) for shape in shapes]
+    return (
+        scale.new_empty(n),
+        scale.new_empty((ROWS, n)),
+        target.new_empty(n if want_argmax else 0, dtype=torch.int64),
+        scale.new_empty(n),
+        hidden.new_empty((n if want_hidden else 0, d)),
+        weight.new_empty((v if want_weight else 0, d), dtype=grad_dtype),
+        weight.new_empty(v if want_bias else 0, dtype=grad_dtype),
+        grads,
+    )
+
+
+# logits [N, V] with column stride 1 -> [4, N] in the accumulation dtype: shift (the largest logit
+# with ``center``, else 0), and over the columns that are not -inf the sum of (z - shift)^2, of
+# z - shift, and the number of columns. Without ``center`` the last two are 0.
+_register.define(
+    "row_moments(Tensor logits, bool center) -> Tensor",
+    _fake_row_moments,
+    "linear_dro_cross_entropy",
+)
+# hidden [N, D], weight [V, D], bias [V] of one dtype; target, tau (not read with a TempNet) and
+# scale [N] as in dro_cross_entropy_fwd. tempnet: W1 [H, V], b1, W2, b2, scaler, last.weight,
+# last.bias, or nothing; keep: [N, H] dropout factors. wants: the gradients of hidden, of weight, of
+# bias, of W1, of the other six. Returns scale * loss [N], rows [6, N], argmax, the
+# temperatures [N] (NaN in ignored rows), and the gradients; for float16 those of hidden, weight and
+# bias lack the factor unit_of(scale). The TempNet's are in the accumulation dtype.
+_register.define(
+    "linear_dro_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, "
+    "Tensor tau, Tensor scale, Tensor[] tempnet, Tensor? keep, float rho, int ignore_index, "
+    "float label_smoothing, float z_loss, float softcap, float tau_min, float tau_max, "
+    "bool center, bool fold, int chunk_rows, bool drop_ignored, bool[] wants, bool want_argmax) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    _fake_fwd,
+    "linear_dro_cross_entropy",
+    loop="_linear",
+)
+_register.load_native()
+
+_op = _register.operator
+
+
+class _LinearDROCrossEntropy(torch.autograd.Function):
+    """(hidden, weight, bias, tau, scale, TempNet) -> the sum of scale * loss, or with ``each_row``
+    scale * loss [N]; rows, argmax and temperatures without a gradient."""
+
+    @staticmethod
+    def forward(
+        hidden, weight, bias, tau, scale, target, keep, options, wants, want_argmax, each_row,
+        backend, *tempnet,
+    ):  # fmt: skip
+        # The gradients of each row's loss are made in the backward, which knows their factors.
+        now = [wanted and not each_row for wanted in wants]
+        loss, rows, argmax, taus, *grads, grads_tempnet = _op(
+            "linear_dro_cross_entropy_fwd", backend
+        )(
+            hidden, weight, bias, target, tau, scale, list(tempnet), keep, *options, now,
+            want_argmax,
+        )  # fmt: skip
+        return loss if each_row else loss.sum(), rows, argmax, taus, *grads, *grads_tempnet
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        (
+            hidden, weight, bias, tau, scale, target, keep, ctx.options, ctx.wants, _, ctx.each_row,
+            ctx.backend, *tempnet,
+        ) = inputs  # fmt: skip
+        _, rows, argmax, taus, *grads = output
+        ctx.mark_non_differentiable(rows, argmax, taus, *grads)
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, *tempnet)]
+        if ctx.each_row:
+            grads = [hidden, weight, bias, tau, target, keep, *tempnet]
+        ctx.save_for_backward(rows, scale, *grads)
+
+    @staticmethod
+    @once_differentiable("linear_dro_cross_entropy")
+    def backward(ctx, grad_loss, *_):
+        rows, scale, *grads = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        if grad_loss is None:
+            return (None,) * len(needed)
+        factor, row_scale = grad_loss, scale
+        if ctx.each_row:
+            hidden, weight, bias, tau, target, keep, *tempnet = grads
+            factor, row_scale = scale.new_ones(()), grad_loss * scale
+            *_, grad_hidden, grad_weight, grad_bias, grads_tempnet = _op(
+                "linear_dro_cross_entropy_fwd", ctx.backend
+            )(
+                hidden, weight, bias, target, tau, row_scale, tempnet, keep, *ctx.options,
+                ctx.wants, False,
+            )  # fmt: skip
+            grads = [grad_hidden, grad_weight, grad_bias, *grads_tempnet]
+        unit = unit_of(row_scale) if ctx.dtypes[0] == torch.float16 else 1
+        factors = [factor * unit] * 3 + [factor] * (len(grads) - 3)
+        wanted = (*needed[:3], *needed[12:])
+        finished = [
+            _times(grad, by, dtype, ctx.backend) if want else None
+            for grad, by, dtype, want in zip(grads, factors, ctx.dtypes, wanted, strict=False)
+        ]
+        finished += [None] * (len(wanted) - len(finished))  # no gradient of the TempNet is wanted
+        grad_tau = grad_loss * rows[GRAD_TAU] if needed[3] else None
+        grad_scale = grad_loss * rows[LOSS] if needed[4] else None
+        return *finished[:3], grad_tau, grad_scale, *[None] * 7, *finished[3:]
+
+
+def _times(grad, factor, dtype, backend):
+    """``grad * factor`` in ``dtype``. Writing to the saved tensor also makes a second backward
+    raise."""
+    by_rows = grad if grad.dim() == 2 else grad[None]
+    _op("scale_rows_", backend)(by_rows, factor.expand(by_rows.shape[0]))
+    return grad.to(dtype)
+
+
+def linear_dro_cross_entropy(
+    hidden,
+    weight,
+    target,
+    *,
+    tempnet=None,
+    tau=1.0,
+    rho=0.0,
+    bias=None,
+    row_weight=None,
+    normalizer=None,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    reduction="mean",
+    softcap=None,
+    chunk_rows=None,
+    drop_ignored=None,
+    return_stats=False,
+    backend="auto",
+):
+    r"""Distributionally robust cross entropy of ``z = hidden @ weight.T + bias``, without holding
+    z.
+
+    The loss, its statistics and what odd input gets are those of
+    :func:`tempnet_kernels.dro_cross_entropy`. The gradients are formed with the loss, a chunk of
+    rows at a time: three matrix products for both ``hidden`` and ``weight``, two for one of them,
+    one for neither (a frozen model whose TempNet is trained). ``reduction="none"`` makes the logits
+    again in the backward. Only the gradients that something wants are computed, and the weight's is
+    summed in float32.
+
+    Args:
+        hidden: ``[..., D]`` float32, bfloat16, float16 or float64. Under autocast it and the weight
+            are cast as :func:`torch.nn.functional.linear` does.
+        weight: ``[V, D]`` of the same dtype.
+        target: ``[...]`` int64 or int32 class indices.
+        tempnet: a :class:`tempnet_kernels.nn.TempNet` for V columns; the temperatures are then its,
+            of the detached logits, and its parameters get their gradient through
+            ``d loss / d tau``. Where ``D (N + V) < N V`` its first layer is applied through the
+            head, ``(W1 weight) h``, at the cost of width D for V.
+        tau: without a TempNet, the temperature: a number, a 0-d tensor or one of the target's
+            shape, which gets a gradient.
+        rho, row_weight, normalizer, ignore_index, label_smoothing, z_loss, reduction: as in
+            :func:`tempnet_kernels.dro_cross_entropy`.
+        bias: ``[V]`` of the same dtype; -inf switches a column off.
+        softcap: c > 0: the logits are ``c * tanh(z / c)`` (Gemma). It keeps a second chunk, and the
+            TempNet's first layer is applied to the logits.
+        chunk_rows: rows whose logits are held at a time. Default: as many as fit in 256 MiB on a
+            CPU and 1 GiB on a GPU; without a gradient of the weight 64 and 128 MiB.
+        drop_ignored: leave ignored rows out of the matrix products. None: on a CPU only, since the
+            number of rows is then known to the host, which on a GPU waits for it.
+        return_stats: also return :class:`tempnet_kernels.TokenStats`.
+        backend: "auto", "native", "triton" or "reference", which holds all logits.
+
+    Returns:
+        The loss in float32 (float64 for float64), 0-d or of the target's shape; with
+        ``return_stats`` the pair ``(loss, TokenStats)``.
+
+    Raises:
+        ValueError, TypeError: an argument is off; the message names it, what was expected and what
+            came.
+        IndexError: a target outside [0, V) other than ``ignore_index`` in CPU tensors. On a GPU
+            that row is NaN instead, and so are the gradients of weight and bias.
+        RuntimeError: the backend is not available here.
+
+    Source: arXiv 2404.04575; official code ``GPT-2/megatron/model/tempnet.py``.
+    """
+    call = functools.partial(
+        _loss, hidden, weight, target, tau, rho, bias, row_weight, normalizer, ignore_index,
+        label_smoothing, z_loss, reduction, softcap, chunk_rows, drop_ignored, return_stats,
+        backend,
+    )  # fmt: skip
+    if tempnet is None:
+        return call(None)[0]
+    if not isinstance(tempnet, TempNet):
+        raise TypeError(
+            f"linear_dro_cross_entropy: tempnet must be a TempNet, got {type(tempnet).__name__}"
+        )
+    return tempnet(inside=call)[0]
+
+
+def _loss(
+    hidden, weight, target, tau, rho, bias, row_weight, normalizer, ignore_index, label_smoothing,
+    z_loss, reduction, softcap, chunk_rows, drop_ignored, return_stats, backend, tempnet,
+):  # fmt: skip
+    """(the public function's result, temperatures of the target's shape), within the forward of
+    ``tempnet``."""
+    name = "linear_dro_cross_entropy"
+    for argument, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+        if not isinstance(value, torch.Tensor) and (argument != "bias" or bias is not None):
+            raise TypeError(f"{name}: {argument} must be a tensor, got {type(value).__name__}")
+    device = hidden.device
+    if torch.is_autocast_enabled(device.type) and hidden.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device.type)
+        hidden, weight = hidden.to(dtype), weight.to(dtype)
+        bias = None if bias is None else bias.to(dtype)
+    check_arguments(
+        name, hidden, target, row_weight, normalizer, label_smoothing, z_loss, reduction,
+        ("hidden", "D"),
+    )  # fmt: skip
+    _check_layer(name, hidden, weight, bias, tau, softcap, chunk_rows, tempnet)
+    v, d = weight.shape
+    acc = accumulation_dtype(hidden.dtype)
+    chosen = _register.pick(name, "row_moments", backend, AUTO, device)
+    check_has_float64(name, "hidden", hidden, chosen)
+
+    flat = hidden.reshape(-1, d)  # (N, D)
+    rows_target = target.reshape(-1)  # (N,)
+    n = rows_target.shape[0]
+    rows_tau = temperatures(name, "tau", tau, tuple(target.shape), device, acc)  # (N,)
+    scale, total = row_scale(rows_target, row_weight, normalizer, ignore_index, reduction, acc)
+
+    def wanted(x):
+        return torch.is_grad_enabled() and x is not None and x.requires_grad
+
+    tensors, keep, bounds, center, fold = [], None, (0.0, 0.0), False, False
+    if tempnet is not None:
+        tensors = [tempnet.proj[0].weight, *tempnet.head(acc)]
+        keep = tempnet.dropout_factors((n, tensors[1].shape[0]), device, acc)
+        bounds, center = (tempnet.tau_min, tempnet.tau_max), tempnet.center == "max"
+        fold = not softcap and folding_pays(n, v, d)
+    wants = [wanted(hidden), wanted(weight), wanted(bias)]
+    wants += [wanted(tensors[0]), any(map(wanted, tensors[1:]))] if tensors else [False, False]
+    if chunk_rows is None:
+        budget = (CHUNK_BYTES if wants[1] else CHUNK_BYTES_WITHOUT_WEIGHT)[device.type]
+        chunk_rows = max(1, budget // (v * hidden.element_size()))
+    if drop_ignored is None:
+        drop_ignored = device.type == "cpu"
+    options = (
+        float(rho), ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0),
+        *bounds, center, fold, chunk_rows, drop_ignored,
+    )  # fmt: skip
+    loss, rows, argmax, taus, *_ = _LinearDROCrossEntropy.apply(
+        flat, weight, bias, rows_tau, scale, rows_target, keep, options, wants, return_stats,
+        reduction == "none", chosen, *tensors,
+    )  # fmt: skip
+    if reduction == "none":
+        loss = loss.reshape(target.shape)
+    if total is not None:
+        loss = loss + 0 / total.detach()  # the mean over nothing is NaN
+    taus = taus.reshape(target.shape)
+    return (loss, token_stats(rows, argmax, v, target.shape)) if return_stats else loss, taus
+
+
+def folding_pays(n, v, d):
+    """Whether ``(W1 W) h`` and ``W1 W`` are less work than ``W1 z``."""
+    return d * (n + v) < n * v
+
+
+def _check_layer(name, hidden, weight, bias, tau, softcap, chunk_rows, tempnet):
+    d = hidden.shape[-1]
+    if weight.dim() != 2 or weight.shape[1] != d or not weight.shape[0]:
+        raise ValueError(
+            f"{name}: weight must have shape (V, {d}) with V >= 1, got {tuple(weight.shape)}"
+        )
+    for argument, value in (("weight", weight), ("bias", bias)):
+        if value is not None and value.dtype != hidden.dtype:
+            raise TypeError(f"{name}: {argument} must be {hidden.dtype}, got {value.dtype}")
+    check_like(name, "weight", weight, tuple(weight.shape), hidden.device)
+    if bias is not None:
+        check_like(name, "bias", bias, (weight.shape[0],), hidden.device)
+    if softcap is not None and not 0 < softcap < math.inf:
+        raise ValueError(f"{name}: softcap must be a finite number > 0 or None, got {softcap}")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"{name}: chunk_rows must be >= 1 or None, got {chunk_rows}")
+    if tempnet is None:
+        return
+    if isinstance(tau, torch.Tensor) or tau != 1.0:
+        raise ValueError(f"{name}: tau must be left out where a tempnet predicts it, got {tau}")
+    if tempnet.vocab_size != weight.shape[0]:
+        raise ValueError(
+            f"{name}: tempnet must be for the {weight.shape[0]} rows of weight, "
+            f"got one for {tempnet.vocab_size}"
+        )
+    w1 = tempnet.proj[0].weight
+    check_like(name, "tempnet.proj[0].weight", w1, tuple(w1.shape), hidden.device)
