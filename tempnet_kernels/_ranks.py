@@ -1,5 +1,6 @@
 """What several processes exchange, and the batch of pairs that they share."""
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -25,6 +26,16 @@ class Ranks(NamedTuple):
     def begin(self):
         """The first of this rank's columns."""
         return sum(self.sizes[: self.rank])
+
+
+class SharesGroup:
+    """Of a module with a ``process_group``, which cannot be copied: its copies share it."""
+
+    def __deepcopy__(self, memo):
+        memo[id(self.process_group)] = self.process_group
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
 
 
 def several(function, group):

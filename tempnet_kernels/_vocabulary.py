@@ -59,22 +59,33 @@ def sharded_fwd(
     if target.device.type == "cpu":
         _check_widths(widths.tolist())
         check_target(target, vocab_size, ignore_index)
-    # Read here it would be waited for on a GPU, where the loss becomes NaN instead.
+    # To read it would be to wait for a GPU; there the loss becomes NaN instead.
     parts[:, S].masked_fill_((widths != v).any(), math.nan)
-    zmax = parts[:, ZMAX]
-    loss, grad_tau, *state = _finish(
+    return merged(
+        parts, argmax, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, vocab_size
+    )
+
+
+def merged(
+    parts, argmax, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, vocab_size
+):
+    """(scale * loss, rows, argmax) as dro_cross_entropy_fwd gives them, from parts [world, 7, N]
+    and argmax [world, N or 0]."""
+    loss, grad_tau, m, *state = _finish(
         parts.double(), tau.double(), rho, math.log(vocab_size), label_smoothing, z_loss
-    )  # (N,) each; NaN in ignored rows
+    )  # (N,) each, NaN in ignored rows
     live = target != ignore_index
     counts = live & (scale != 0)
-    scaled = [torch.where(counts, scale * x, 0).to(tau.dtype) for x in (loss, grad_tau)]
-    rows = torch.stack([torch.where(live, loss, 0), scaled[1], *state]).to(tau.dtype)
-    if want_argmax:
+    scaled_loss = torch.where(counts, scale * loss, 0)
+    scaled_grad_tau = torch.where(counts, scale * grad_tau, 0)
+    rows = torch.stack([torch.where(live, loss, 0), scaled_grad_tau, m, *state]).to(tau.dtype)
+    if argmax.shape[1]:
+        zmax = parts[:, ZMAX]  # (world, N)
         first = torch.where(zmax == zmax.amax(0), argmax, vocab_size).amin(0)
-        argmax = torch.where(torch.isfinite(state[1]), first, -1)
+        argmax = torch.where(torch.isfinite(state[0]), first, -1)
     else:
         argmax = argmax.new_empty(0)
-    return scaled[0], rows, argmax
+    return scaled_loss.to(tau.dtype), rows, argmax
 
 
 def sharded_fwd_(

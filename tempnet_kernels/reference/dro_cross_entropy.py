@@ -149,6 +149,6 @@ def _gradient(z, y, held, live, tau, scale, m, log2_s, label_smoothing, vocab_si
     c = 1 + 2 * z_loss * LN2 * (m + log2_s) / tau  # (N,)
     p = torch.exp2(_exponent(z, z.amax(1), a, m) - log2_s[:, None])  # (N, V)
     grad = c[:, None] * p - label_smoothing / vocab_size
-    own = torch.where(held, label_smoothing - 1, 0).to(grad.dtype)[:, None]  # (N, 1)
-    grad = grad.scatter_add(1, y[:, None], own)
+    own = held.to(grad.dtype) * (label_smoothing - 1)  # (N,)
+    grad = grad.scatter_add(1, y[:, None], own[:, None])
     return torch.where((live & (scale != 0))[:, None], grad * scale[:, None], 0)
