@@ -24,10 +24,10 @@ def _fake_stats(logits, target, tau, ignore_index, begin, vocab_size, want_mean,
 
 
 # (parts, argmax) of the columns [begin, begin + V) of vocab_size: arguments as in
-# dro_cross_entropy_fwd, targets counted over all columns. An ignored row is not read; that and a
-# row with a bad temperature or target is NaN in parts. On no device does a bad target raise here:
-# another rank could be waiting for this one. MEAN_U means something where it is wanted only; argmax,
-# which counts over all columns, in a row without NaN only.
+# dro_cross_entropy_fwd, targets and argmax counted over all columns. An ignored row is not read;
+# that and a row with a bad temperature or target is NaN in parts. On no device does a bad target
+# raise here: another rank could be waiting for this one. MEAN_U holds anything unless want_mean;
+# argmax, in a row with NaN.
 _register.define(
     "dro_cross_entropy_stats(Tensor logits, Tensor target, Tensor tau, int ignore_index, "
     "SymInt begin, SymInt vocab_size, bool want_mean, bool want_argmax) -> (Tensor, Tensor)",

@@ -170,7 +170,7 @@ def test_offset_logits_and_small_temperatures_keep_their_digits(gloo, backend):
     check(gloo, 4, (logits + 200, target, tau, weight), backend=backend)
 
 
-def one_rank_fp16(group, logits, target, scale):
+def scaled_fp16(group, logits, target, scale):
     leaf = own_columns(logits, group).clone().requires_grad_()
     loss = dro_cross_entropy(
         leaf * 1, target, normalizer=2.0**20, overwrite_logits=True, process_group=group
@@ -182,7 +182,7 @@ def one_rank_fp16(group, logits, target, scale):
 def test_fp16_gradients_survive_a_normalizer_that_underflows(gloo):
     """A loss scale brings them back, as without a group."""
     logits, target, *_ = make(dtype=torch.float16)
-    got = torch.cat(gloo.run(2, one_rank_fp16, logits, target, 2.0**20), 1)
+    got = torch.cat(gloo.run(2, scaled_fp16, logits, target, 2.0**20), 1)
     whole = logits.clone().requires_grad_()
     (dro_cross_entropy(whole, target, normalizer=2.0**20) * 2.0**20).backward()
     assert whole.grad.abs().max() > 0.1
@@ -289,7 +289,7 @@ def test_ignored_rows_are_not_read_and_weight_zero_is_zero(gloo, backend, overwr
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_every_row_ignored_or_no_rows(gloo, backend):
-    logits, target, tau, _ = make(3)
+    logits, _, tau, _ = make(3)
     for rows in (3, 0):
         task = logits[:rows], torch.full((rows,), -100), tau[:rows], None, {"backend": backend}
         for loss, grad, grad_tau, *_ in gloo.run(2, visit, *task):
@@ -368,7 +368,7 @@ def test_unlike_numbers_of_columns_make_nan_where_nothing_waits_for_the_device(m
 def test_what_is_no_group_says_what_was_expected():
     logits, target, *_ = make()
     with pytest.raises(
-        TypeError, match="dro_cross_entropy: process_group must be a torch.dis.* got str"
+        TypeError, match=r"dro_cross_entropy: process_group must be a torch.dis.* got str"
     ):
         dro_cross_entropy(logits, target, process_group="world")
     with pytest.raises(TypeError, match="got int"):
@@ -421,21 +421,15 @@ def compiled(group, logits, target, tau, fullgraph):
     torch.compiler.reset()
     results = []
     for overwrite in (False, True):
-        call = lambda z, t: (
-            2
-            * dro_cross_entropy(  # noqa: E731
-                z * 1.0,
-                target,
-                t,
-                RHO,
-                overwrite_logits=overwrite,
-                process_group=group,  # noqa: B023
+
+        def call(z, t, overwrite=overwrite):
+            return 2 * dro_cross_entropy(
+                z * 1.0, target, t, RHO, overwrite_logits=overwrite, process_group=group
             )
-        )
-        own = own_columns(logits, group)
+
         for f in (call, torch.compile(call, fullgraph=fullgraph, backend="aot_eager")):
-            leaf, t = own.clone().requires_grad_(), tau.clone().requires_grad_()
-            loss = f(leaf, t)
+            leaf, t = own_columns(logits, group).clone().requires_grad_(), tau.clone()
+            loss = f(leaf, t.requires_grad_())
             loss.backward()
             results.append((loss.detach(), leaf.grad, t.grad))
     return results

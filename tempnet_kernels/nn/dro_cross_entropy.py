@@ -66,8 +66,8 @@ class TempNetCrossEntropyLoss(nn.Module):
         super().__init__()
         if options.get("process_group") is not None:
             raise ValueError(
-                "TempNetCrossEntropyLoss: process_group must be None, since the TempNet reads whole "
-                "rows of logits; pass its temperatures to dro_cross_entropy"
+                "TempNetCrossEntropyLoss: process_group must be None, since the TempNet reads "
+                "whole rows of logits; pass its temperatures to dro_cross_entropy"
             )
         self.tempnet = tempnet
         self.loss = DROCrossEntropyLoss(rho, **options)
