@@ -446,9 +446,13 @@ def test_compiled_whole_in_a_group_of_one_and_with_a_break_in_a_larger(gloo, wor
 # The operators, in one process.
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def emulator():
-    return emulated.load()
+    """Threads in a random order: one that reads what another has overwritten is seen."""
+    module = emulated.load()
+    module.set_order("random", 1)
+    yield module
+    module.set_order("forward", 0)
 
 
 @pytest.fixture(params=[*BACKENDS, "emulated"])
