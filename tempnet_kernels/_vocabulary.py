@@ -106,7 +106,6 @@ def sharded_fwd_(
     return loss, rows, argmax
 
 
-@torch.compiler.disable
 def _exchange(parts, argmax, v, group):
     """(parts [world, 7, N], argmax [world, N or 0], v [world]) of every rank, in one collective."""
     # Integers go as the bits of floats: a float does not count beyond 2^24.
