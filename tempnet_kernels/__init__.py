@@ -7,4 +7,11 @@ from tempnet_kernels.dro_cross_entropy import TokenStats, dro_cross_entropy
 from tempnet_kernels.linear_dro_cross_entropy import linear_dro_cross_entropy
 
 __version__ = "0.1.0"
-__all__ = ["ContrastiveStats", "TokenStats", "dro_contrastive", "dro_cross_entropy", "linear_dro_cross_entropy", "nn"]
+__all__ = [
+    "ContrastiveStats",
+    "TokenStats",
+    "dro_contrastive",
+    "dro_cross_entropy",
+    "linear_dro_cross_entropy",
+    "nn",
+]

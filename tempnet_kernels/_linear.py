@@ -21,7 +21,8 @@ class _TempNetOfChunks:
     """Temperatures of chunks of logits, and the network's gradient summed over them.
 
     ``fold``: z = W h + bias is linear, so W1 z = (W1 W) h + W1 bias, and neither that nor the
-    gradient of W1 touches the logits. A column whose bias is -inf counts as 0: it is left out of W1.
+    gradient of W1 touches the logits. A column whose bias is -inf counts as 0: it is left out of
+    W1.
     """
 
     def __init__(self, backend, tensors, bounds, center, fold, hidden, weight, bias, wants, acc):
@@ -31,7 +32,7 @@ class _TempNetOfChunks:
         self.weight, self.bias, self.acc = weight, bias, acc
         self.want_w1 = wants[0]
         h, v, d = *self.w1.shape, weight.shape[1]
-        self.grad_head = [torch.zeros_like(p) for p in self.head]
+        self.grad_head = [p.new_zeros(p.shape) for p in self.head]
         self.grad_w1 = self.w1.new_empty((0, 0), dtype=acc)
         # 16-bit where the platform's products of the logits are.
         self.dtype = wide_operand(weight[:0]).dtype
@@ -54,7 +55,7 @@ class _TempNetOfChunks:
                 self.grad_of_bias = folded.new_zeros(h)
                 self.grad_of_ones = folded.new_zeros(h)
         elif self.want_w1:
-            self.grad_w1 = torch.zeros_like(self.w1, dtype=acc)
+            self.grad_w1 = self.w1.new_zeros((h, v), dtype=acc)
 
     def _w1(self, b):
         """Columns ``b`` of W1 as a product takes them."""
@@ -113,7 +114,7 @@ class _TempNetOfChunks:
     def gradients(self):
         """Of W1, empty where it is not wanted, and of the head's parameters."""
         if self.fold and self.want_w1:
-            self.grad_w1 = torch.empty_like(self.w1, dtype=self.acc)
+            self.grad_w1 = self.w1.new_empty(self.w1.shape, dtype=self.acc)
             grad_folded = self.grad_folded.to(self.dtype)
             for b in self.blocks:
                 block = self.grad_w1[:, b]
@@ -146,7 +147,7 @@ def linear_dro_cross_entropy_fwd(
     rows[[LOSS, GRAD_TAU]] = 0
     argmax = target.new_full((n if want_argmax else 0,), -1, dtype=torch.int64)
     taus = scale.new_full((n,), torch.nan)
-    grad_hidden = torch.zeros_like(hidden) if want_hidden else hidden.new_empty((0, d))
+    grad_hidden = hidden.new_zeros((n if want_hidden else 0, d))
     grad_weight = weight.new_zeros((v if want_weight else 0, d), dtype=acc)
     grad_bias = weight.new_zeros(v if want_bias else 0, dtype=acc)
     net = None

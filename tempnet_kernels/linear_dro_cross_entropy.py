@@ -4,8 +4,8 @@ function.
 With z = W h + b for a row h, and tau given or predicted by a TempNet from z, the loss is that of
 :mod:`tempnet_kernels.dro_cross_entropy`. A chunk of rows at a time: logits, temperatures, loss, the
 logits' gradient in their place, then d hidden = dz W and d weight += dz^T h. Three matrix products,
-nothing is computed twice. The TempNet's first layer is folded into the linear one: W1 z = (W1 W) h +
-W1 b, a product of width D instead of V.
+nothing is computed twice. The TempNet's first layer is folded into the linear one: W1 z =
+(W1 W) h + W1 b, a product of width D instead of V.
 """
 
 import functools
@@ -237,26 +237,32 @@ def linear_dro_cross_entropy(
 
     Source: arXiv 2404.04575; official code ``GPT-2/megatron/model/tempnet.py``.
     """
-    call = functools.partial(
-        _loss, hidden, weight, target, tau, rho, bias, row_weight, normalizer, ignore_index,
-        label_smoothing, z_loss, reduction, softcap, chunk_rows, drop_ignored, return_stats,
-        backend,
-    )  # fmt: skip
+    return loss_and_temperatures(
+        hidden, weight, target, tempnet, tau=tau, rho=rho, bias=bias, row_weight=row_weight,
+        normalizer=normalizer, ignore_index=ignore_index, label_smoothing=label_smoothing,
+        z_loss=z_loss, reduction=reduction, softcap=softcap, chunk_rows=chunk_rows,
+        drop_ignored=drop_ignored, return_stats=return_stats, backend=backend,
+    )[0]  # fmt: skip
+
+
+def loss_and_temperatures(hidden, weight, target, tempnet, **options):
+    """(the public function's result, temperatures of the target's shape)."""
+    call = functools.partial(_loss, hidden, weight, target, **options)
     if tempnet is None:
-        return call(None)[0]
+        return call(None)
     if not isinstance(tempnet, TempNet):
         raise TypeError(
             f"linear_dro_cross_entropy: tempnet must be a TempNet, got {type(tempnet).__name__}"
         )
-    return tempnet(inside=call)[0]
+    return tempnet(inside=call)
 
 
 def _loss(
-    hidden, weight, target, tau, rho, bias, row_weight, normalizer, ignore_index, label_smoothing,
-    z_loss, reduction, softcap, chunk_rows, drop_ignored, return_stats, backend, tempnet,
+    hidden, weight, target, tempnet, *, rho, bias=None, tau=1.0, row_weight=None, normalizer=None,
+    ignore_index=-100, label_smoothing=0.0, z_loss=0.0, reduction="mean", softcap=None,
+    chunk_rows=None, drop_ignored=None, return_stats=False, backend="auto",
 ):  # fmt: skip
-    """(the public function's result, temperatures of the target's shape), within the forward of
-    ``tempnet``."""
+    """Within the forward of ``tempnet``."""
     name = "linear_dro_cross_entropy"
     for argument, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if not isinstance(value, torch.Tensor) and (argument != "bias" or bias is not None):
@@ -310,8 +316,9 @@ def _loss(
         loss = loss.reshape(target.shape)
     if total is not None:
         loss = loss + 0 / total.detach()  # the mean over nothing is NaN
-    taus = taus.reshape(target.shape)
-    return (loss, token_stats(rows, argmax, v, target.shape)) if return_stats else loss, taus
+    if return_stats:
+        loss = loss, token_stats(rows, argmax, taus, v, target.shape)
+    return loss, taus.reshape(target.shape)
 
 
 def folding_pays(n, v, d):

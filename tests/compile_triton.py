@@ -14,6 +14,7 @@ from triton.compiler import ASTSource
 
 from tempnet_kernels.triton import dro_contrastive as contrastive
 from tempnet_kernels.triton import dro_cross_entropy as token
+from tempnet_kernels.triton import linear_dro_cross_entropy as linear
 
 VOCABULARIES = (32000, 50304, 128256, 262144, 50257)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -57,6 +58,13 @@ def contrastive_loss():
             weights = {**flags, **contrastive.WEIGHTS}
             for dtype in ("fp32", "bf16"):
                 yield begin, contrastive.weights_kernel, weights, num_warps, dtype, aligned
+
+
+def linear_loss():
+    for dtype in ("fp32", "bf16", "fp16"):
+        for center in (False, True):
+            flags = {"CENTER": center, "BLOCK": linear.BLOCK}
+            yield "V=128256", linear.moments_kernel, flags, linear.NUM_WARPS, dtype, True
 
 
 def source(kernel, constexprs, dtype, aligned):
@@ -108,7 +116,7 @@ def compile_one(target, kernel, constexprs, num_warps, dtype, aligned):
     return {
         "registers": registers,
         "spills": local + stack,
-        "exponentials": exponentials or kernel is token.scale_kernel,
+        "exponentials": exponentials or kernel in (token.scale_kernel, linear.moments_kernel),
         "clamped_exponentials": bounded,
         "atomics": bool(re.search(r"^\s*(?:@\S+\s+)?(?:atom|red)\.", ptx, re.M)),
     }
@@ -117,7 +125,7 @@ def compile_one(target, kernel, constexprs, num_warps, dtype, aligned):
 def main(architecture):
     target = GPUTarget("cuda", architecture, 32)
     report, seen = [], {}
-    for op in (token_loss, contrastive_loss):
+    for op in (token_loss, contrastive_loss, linear_loss):
         for shape, kernel, constexprs, *rest in op():
             # Only a shape that changes what is compiled is compiled again.
             key = (kernel.fn.__name__, *constexprs.values(), *rest)

@@ -126,6 +126,14 @@ class Operators:
         self.module.backward(_name(logits), params)
         return grad
 
+    def row_moments(self, logits, center):
+        n, v = logits.shape
+        moments = torch.full((4, n), torch.nan)
+        params = {"n": n, "v": v, "logits": logits.data_ptr(), "stride": logits.stride(0)}
+        params["moments"] = moments.data_ptr()
+        self.module.row_moments(_name(logits), params, center)
+        return moments
+
     def scale_rows_(self, grad, scale):
         unused = torch.zeros(1, dtype=torch.int64)
         params = self._params(grad, grad, unused, scale, scale, scale, 0)

@@ -13,6 +13,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("nvcc")
 ARCHITECTURES = ("80", "90a")
+SOURCES = ("dro_cross_entropy", "dro_contrastive", "linear_dro_cross_entropy")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the PATH: not compiled")
 # kMode and kRead of the kernels that a training step launches on rows that begin on 16 bytes, or
 # that are read twice. The others hold more: argmax, label smoothing, edges of a row.
@@ -34,7 +35,7 @@ def compile_for(architecture, source, directory):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     pattern = re.compile(
-        r"Compiling entry function '\w*?device(?:11contrastive)?\d+(\w+?_kernel)I(\w+?)v"
+        r"Compiling entry function '\w*?device(?:11contrastive|6linear)?\d+(\w+?_kernel)I(\w+?)v"
         r"NS\d_\d+\w*ParamsE'.*?"
         r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
         re.S,
@@ -67,7 +68,7 @@ def token_loss(compiled):
 def compiled(tmp_path_factory):
     """{source: {architecture: what compile_for returns}}"""
     directory = tmp_path_factory.mktemp("cuda")
-    wanted = [(s, a) for s in ("dro_cross_entropy", "dro_contrastive") for a in ARCHITECTURES]
+    wanted = [(s, a) for s in SOURCES for a in ARCHITECTURES]
     with ThreadPoolExecutor() as pool:
         results = pool.map(lambda w: compile_for(w[1], w[0], directory), wanted)
     compiled = dict(zip(wanted, results, strict=True))
@@ -113,3 +114,11 @@ def test_contrastive_kernels_do_not_spill(compiled, architecture):
     for kernel, arguments, registers, spilled in kernels:
         # 256 threads x 128 registers: two CTAs fit on a multiprocessor.
         assert (registers <= 128, spilled) == (True, 0), (kernel, arguments, registers)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_moments_kernels_do_not_spill(compiled, architecture):
+    kernels = compiled["linear_dro_cross_entropy", architecture]
+    assert len({arguments for _, arguments, *_ in kernels}) == 3 * 2  # types, center
+    for kernel, arguments, registers, spilled in kernels:
+        assert (registers <= 64, spilled) == (True, 0), (kernel, arguments, registers)

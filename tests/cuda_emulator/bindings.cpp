@@ -7,6 +7,7 @@
 
 #include "cuda/dro_contrastive.cuh"
 #include "cuda/dro_cross_entropy_launch.cuh"
+#include "cuda/linear_dro_cross_entropy.cuh"
 #include "faults.h"
 
 namespace tempnet {
@@ -152,6 +153,12 @@ PYBIND11_MODULE(cuda_emulator, module) {
   module.def("scale", [](const std::string& dtype, const py::dict& params) {
     for_dtype(dtype,
               [&](auto zero) { device::launch_scale<decltype(zero)>(params_from(params), 1, 0); });
+  });
+  module.def("row_moments", [](const std::string& dtype, const py::dict& d, bool center) {
+    const linear::Params params{d["n"].cast<int64_t>(), d["v"].cast<int>(),
+                                pointer<void>(d, "logits"), d["stride"].cast<int64_t>(),
+                                pointer<float>(d, "moments")};
+    for_dtype(dtype, [&](auto zero) { linear::launch_moments<decltype(zero)>(params, center, 0); });
   });
   module.def("similarity_stats", &similarity_stats);
   module.def("similarity_weights", &similarity_weights);
