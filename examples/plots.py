@@ -15,6 +15,7 @@ LABELS = {
     Loss.ce: "cross entropy",
     Loss.official: "TempNet, official formula",
     Loss.tempnet: "TempNet, tempnet_kernels",
+    Loss.linear: "TempNet, without the logits",
     Loss.frozen: "frozen model + TempNet",
 }
 

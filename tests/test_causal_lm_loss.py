@@ -1,4 +1,4 @@
-"""TempNetCausalLMLoss: the next-token shift, the normalisation of a trainer, both kinds of input."""
+"""TempNetCausalLMLoss: the shift of labels, the normalisation of a trainer, both inputs."""
 
 import pytest
 import torch
