@@ -75,6 +75,12 @@ struct RowResult {
   T c;  // d loss / d z = c p - q
 };
 
+// m is the rounded zmax * a: what the rounding left out.
+template <class T>
+TEMPNET_INLINE T rounding_of_maximum(T zmax, T m, T tau) {
+  return std::fma(zmax, Constants<T>::kLog2e / tau, -m);
+}
+
 // zmax: the largest logit; z_y: the target's; mean_u: mean_j u_j, read only with label smoothing.
 template <class T>
 TEMPNET_INLINE RowResult<T> finish(const RowState<T>& state, T zmax, T z_y, T mean_u, T tau,
@@ -82,8 +88,7 @@ TEMPNET_INLINE RowResult<T> finish(const RowState<T>& state, T zmax, T z_y, T me
   const T ln2 = Constants<T>::kLn2;
   RowResult<T> r;
   r.log2_s = std::log2(state.s);
-  // m is the rounded zmax * a: delta is what the rounding left out.
-  const T delta = std::fma(zmax, Constants<T>::kLog2e / tau, -state.m);
+  const T delta = rounding_of_maximum(zmax, state.m, tau);
   const T centred_lse = ln2 * (r.log2_s - delta);
   const T lse = ln2 * (state.m + r.log2_s);
   const T entropy = ln2 * (r.log2_s - state.sx / state.s);
@@ -99,6 +104,23 @@ TEMPNET_INLINE RowResult<T> finish(const RowState<T>& state, T zmax, T z_y, T me
   r.c = probability_factor(o.z_loss, lse, tau);
   r.grad_tau = r.entropy + o.rho - o.log_v - 2 * o.z_loss * lse * (lse - r.entropy) / tau;
   return r;
+}
+
+// The state of some columns of a row, for other processes to merge: [kPartFields, N];
+// tempnet_kernels/_vocabulary.py has the same order.
+enum PartField { kPartZmax, kPartM, kPartDelta, kPartS, kPartSx, kPartZy, kPartMeanU, kPartFields };
+
+// part: the row's first field.
+template <class T>
+TEMPNET_INLINE void store_part(T* part, int64_t n, const RowState<T>& state, T zmax, T z_y,
+                               T mean_u, T tau) {
+  part[kPartZmax * n] = zmax;
+  part[kPartM * n] = state.m;
+  part[kPartDelta * n] = rounding_of_maximum(zmax, state.m, tau);
+  part[kPartS * n] = state.s;
+  part[kPartSx * n] = state.sx;
+  part[kPartZy * n] = z_y;
+  part[kPartMeanU * n] = mean_u;
 }
 
 }  // namespace tempnet

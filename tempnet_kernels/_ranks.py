@@ -1,5 +1,6 @@
-"""A batch of pairs that several processes share, and what they exchange about it."""
+"""What several processes exchange, and the batch of pairs that they share."""
 
+import copy
 from typing import NamedTuple
 
 import torch
@@ -27,6 +28,34 @@ class Ranks(NamedTuple):
         return sum(self.sizes[: self.rank])
 
 
+class SharesGroup:
+    """Of a module with a ``process_group``, which cannot be copied: its copies share it."""
+
+    def __deepcopy__(self, memo):
+        memo[id(self.process_group)] = self.process_group
+        copied = memo[id(self)] = type(self).__new__(type(self))
+        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return copied
+
+
+def several(function, group):
+    """``group`` if it is of several processes, None for one."""
+    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
+        raise TypeError(
+            f"{function}: process_group must be a torch.distributed.ProcessGroup with this process "
+            f"in it, or None, got {type(group).__name__}"
+        )
+    return group if group.size() > 1 else None
+
+
+@torch.compiler.disable
+def all_gather(x, group):
+    """``x``, of the same shape on every rank -> ``[world, *x.shape]``."""
+    gathered = x.new_empty((group.size() * x.numel(),))
+    _all_gather(gathered, x.reshape(-1), group=group)
+    return gathered.view(group.size(), *x.shape)
+
+
 def meet(function, group, image, text, **same):
     """:class:`Ranks` of ``group``; None for one process. ``image [m, D]`` and ``text [n, D]`` are
     this rank's; ``same`` are numbers, or functions that return one, which must be equal on all
@@ -34,12 +63,8 @@ def meet(function, group, image, text, **same):
     needed here."""
     if isinstance(group, Ranks):
         return group
-    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            f"{function}: process_group must be a torch.distributed.ProcessGroup with this process "
-            f"in it, or None, got {type(group).__name__}"
-        )
-    return _meet(function, group, image, text, same) if group.size() > 1 else None
+    group = several(function, group)
+    return None if group is None else _meet(function, group, image, text, same)
 
 
 @torch.compiler.disable
@@ -55,9 +80,7 @@ def _meet(function, group, image, text, same):
     values = (value() if callable(value) else value for value in same.values())
     own = [image.shape[0], text.shape[0], *values]
     own = torch.tensor(own, dtype=torch.float64, device=image.device)
-    table = own.new_empty((group.size(), own.shape[0]))
-    _all_gather(table.view(-1), own, group=group)
-    pairs, sizes, *others = table.T.tolist()
+    pairs, sizes, *others = all_gather(own, group).T.tolist()
     for name, values in zip(same, others, strict=True):
         if any(value != values[0] for value in values):
             raise ValueError(

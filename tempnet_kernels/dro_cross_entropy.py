@@ -23,6 +23,8 @@ from tempnet_kernels._checks import (
     once_differentiable,
     temperatures,
 )
+from tempnet_kernels._ranks import several
+from tempnet_kernels._vocabulary import columns_of, sharded_fwd, sharded_fwd_
 
 # What backend="auto" takes per device type: the first that is built. On an H100 native is the
 # faster from V = 8192 on (benchmarks/results/h100/, benchmarks/NOTES.md).
@@ -75,7 +77,9 @@ def _fake_fwd_(logits, target, tau, scale, rho, ignore_index, label_smoothing, z
     )
 
 
-def _fake_bwd(logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss):
+def _fake_bwd(
+    logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin, vocab_size
+):
     return logits.new_empty(logits.shape)
 
 
@@ -99,11 +103,22 @@ _register.define(
     _fake_fwd_,
     "dro_cross_entropy",
 )
-# grad_logits = scale * (c p - q) in one visit, from the state in rows; scaled for every dtype.
+# grad_logits = scale * (c p - q) in one visit, from the state in rows; scaled for every dtype. The
+# logits are the columns [begin, begin + V) of vocab_size, over which targets are counted and labels
+# smoothed: see _vocabulary.py.
 _register.define(
     "dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows, "
-    "int ignore_index, float label_smoothing, float z_loss) -> Tensor",
+    "int ignore_index, float label_smoothing, float z_loss, SymInt begin, SymInt vocab_size) "
+    "-> Tensor",
     _fake_bwd,
+    "dro_cross_entropy",
+)
+# The same, with grad_logits in the storage of the logits.
+_register.define(
+    "dro_cross_entropy_bwd_(Tensor(a!) logits, Tensor target, Tensor tau, Tensor scale, "
+    "Tensor rows, int ignore_index, float label_smoothing, float z_loss, SymInt begin, "
+    "SymInt vocab_size) -> ()",
+    lambda *args: None,
     "dro_cross_entropy",
 )
 # grad[i] *= scale[i]; a row whose scale is 1 is not touched, one whose scale is 0 becomes exactly
@@ -121,22 +136,28 @@ _op = _register.operator
 
 class _DROCrossEntropy(torch.autograd.Function):
     """(logits [N, V], tau [N], scale [N]) -> scale * loss [N], and rows and argmax without a
-    gradient."""
+    gradient. With ``group``, of several processes, the logits are this rank's columns."""
 
     @staticmethod
-    def forward(logits, target, tau, scale, options, want_grad, want_argmax, backend):
+    def forward(logits, target, tau, scale, options, want_grad, want_argmax, group, backend):
+        if group is not None:
+            loss, rows, argmax = sharded_fwd(
+                backend, logits, target, tau, scale, *options, group, want_argmax
+            )
+            return loss, rows, argmax, logits.new_empty((0, logits.shape[1]))
         fwd = _op("dro_cross_entropy_fwd", backend)
         grad, loss, rows, argmax = fwd(logits, target, tau, scale, *options, want_grad, want_argmax)
         return loss, rows, argmax, grad
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, target, tau, scale, ctx.options, ctx.want_grad, _, ctx.backend = inputs
+        logits, target, tau, scale, ctx.options, want_grad, _, ctx.group, ctx.backend = inputs
+        ctx.want_grad = want_grad and ctx.group is None
         _, rows, argmax, grad = output
         ctx.mark_non_differentiable(rows, argmax, grad)
         ctx.set_materialize_grads(False)
         # What the backward needs of the logits: their gradient, or the logits themselves to make
-        # it (reduction "none").
+        # it (reduction "none", or with a group, whose ranks visit their logits twice in any case).
         wide = grad if ctx.want_grad else logits if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(wide, target, tau, scale, rows)
 
@@ -145,19 +166,19 @@ class _DROCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss, *_):
         wide, target, tau, scale, rows = ctx.saved_tensors
         if grad_loss is None:
-            return (None,) * 8
+            return (None,) * 9
         grad_logits = None
         if ctx.needs_input_grad[0] and ctx.want_grad:
             grad_logits = wide
             _scale_saved_gradient(grad_logits, grad_loss, scale, ctx.backend)
         elif ctx.needs_input_grad[0]:
             _, ignore_index, label_smoothing, z_loss = ctx.options
-            bwd = _op("dro_cross_entropy_bwd", ctx.backend)
-            grad_logits = bwd(
-                wide, target, tau, grad_loss * scale, rows, ignore_index, label_smoothing, z_loss
-            )
+            grad_logits = _op("dro_cross_entropy_bwd", ctx.backend)(
+                wide, target, tau, grad_loss * scale, rows, ignore_index, label_smoothing, z_loss,
+                *columns_of(wide.shape[1], ctx.group),
+            )  # fmt: skip
         grad_tau, grad_scale = _row_gradients(ctx, grad_loss, rows)
-        return grad_logits, None, grad_tau, grad_scale, None, None, None, None
+        return (grad_logits, None, grad_tau, grad_scale) + (None,) * 5
 
 
 class _DROCrossEntropyOverwrite(torch.autograd.Function):
@@ -169,18 +190,20 @@ class _DROCrossEntropyOverwrite(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(base, target, tau, scale, options, vocab_size, stride, want_argmax, backend):
+    def forward(base, target, tau, scale, options, v, stride, want_argmax, group, backend):
         rows_of_base = base.view(-1, stride)
-        loss, rows, argmax = _op("dro_cross_entropy_fwd_", backend)(
-            rows_of_base[:, :vocab_size], target, tau, scale, *options, want_argmax
-        )
-        if vocab_size < stride:
-            rows_of_base[:, vocab_size:].zero_()  # the padding has no gradient
+        args = rows_of_base[:, :v], target, tau, scale, *options
+        if group is None:
+            loss, rows, argmax = _op("dro_cross_entropy_fwd_", backend)(*args, want_argmax)
+        else:
+            loss, rows, argmax = sharded_fwd_(backend, *args, group, want_argmax)
+        if v < stride:
+            rows_of_base[:, v:].zero_()  # the padding has no gradient
         return loss, rows, argmax, base
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, _, _, scale, _, ctx.vocab_size, ctx.stride, _, ctx.backend = inputs
+        _, _, _, scale, _, ctx.v, ctx.stride, _, _, ctx.backend = inputs
         _, rows, argmax, base = output
         ctx.mark_dirty(base)
         ctx.mark_non_differentiable(rows, argmax)
@@ -198,11 +221,11 @@ class _DROCrossEntropyOverwrite(torch.autograd.Function):
             )
         base, scale, rows = ctx.saved_tensors
         if grad_loss is None:
-            return (None,) * 9
-        logits = base.view(-1, ctx.stride)[:, : ctx.vocab_size]
+            return (None,) * 10
+        logits = base.view(-1, ctx.stride)[:, : ctx.v]
         _scale_saved_gradient(logits, grad_loss, scale, ctx.backend)
         grad_tau, grad_scale = _row_gradients(ctx, grad_loss, rows)
-        return base, None, grad_tau, grad_scale, None, None, None, None, None
+        return (base, None, grad_tau, grad_scale) + (None,) * 6
 
 
 def _scale_saved_gradient(grad, grad_loss, scale, backend):
@@ -216,6 +239,11 @@ def _row_gradients(ctx, grad_loss, rows):
     grad_tau = grad_loss * rows[GRAD_TAU] if ctx.needs_input_grad[2] else None
     grad_scale = grad_loss * rows[LOSS] if ctx.needs_input_grad[3] else None
     return grad_tau, grad_scale
+
+
+# A graph of torch.compile breaks here: it has no collectives.
+_apply_across_ranks = torch.compiler.disable(_DROCrossEntropy.apply)
+_overwrite_across_ranks = torch.compiler.disable(_DROCrossEntropyOverwrite.apply)
 
 
 def dro_cross_entropy(
@@ -232,6 +260,7 @@ def dro_cross_entropy(
     reduction="mean",
     return_stats=False,
     overwrite_logits=False,
+    process_group=None,
     backend="auto",
 ):
     r"""Distributionally robust cross entropy with a temperature per row.
@@ -268,6 +297,7 @@ def dro_cross_entropy(
             of their size. A later use of the logits, and a second backward, raise. Without
             gradients (``no_grad``) they are left alone. Under torch.compile pass logits that are
             no view; a later use is not detected there.
+        process_group: the processes that share the vocabulary; see below. Default: this one alone.
         backend: "auto", "native" (C++ on the CPU, CUDA C++ on a GPU), "triton" or "reference"
             (PyTorch). "auto" is native; on a GPU without the compiled extension, Triton.
 
@@ -275,6 +305,17 @@ def dro_cross_entropy(
         The loss in float32 (float64 for float64 logits), 0-d or of the target's shape; with
         ``return_stats`` the pair ``(loss, TokenStats)``. The mean over no rows is NaN. A row with
         a NaN or +inf logit, or with ``tau <= 0`` or NaN in a tensor, has loss and gradient NaN.
+
+    With ``process_group``, each of its W ranks passes as many consecutive columns, in the order of
+    the ranks, and V above is W times their number. Everything else is the same on every rank:
+    targets count over all columns, and tau must be equal (of a TempNet, from whole rows). Loss,
+    statistics and the gradients of tau and row_weight come out equal on every rank, and are the
+    whole ones; that of the logits is the one of the rank's columns. The forward exchanges 28 bytes
+    per row (32 with ``return_stats``; twice that for float64) in one collective, the backward
+    nothing. A rank's logits are read in both, or twice in the forward with ``overwrite_logits``.
+    Numbers of columns that differ raise ValueError on every rank; on a GPU the loss is NaN. Every
+    rank must make the call, which breaks a compiled graph; an error of one rank alone leaves the
+    others waiting. ``torch.func`` transforms are for one process.
 
     Raises:
         ValueError, TypeError: an argument is off; the message names it, what was expected and what
@@ -289,7 +330,9 @@ def dro_cross_entropy(
     check_arguments(
         name, logits, target, row_weight, normalizer, label_smoothing, z_loss, reduction
     )
-    vocab_size = logits.shape[-1]
+    group = None if process_group is None else several(name, process_group)
+    v = logits.shape[-1]
+    vocab_size = columns_of(v, group)[1]
     acc = accumulation_dtype(logits.dtype)
     chosen = _register.pick(name, "dro_cross_entropy_fwd", backend, AUTO, logits.device)
     check_has_float64(name, "logits", logits, chosen)
@@ -305,16 +348,18 @@ def dro_cross_entropy(
     track = torch.is_grad_enabled() and logits.requires_grad
     if overwrite_logits and track:
         base, stride = _storage_to_overwrite(name, logits, reduction)
-        loss, rows, argmax, _ = _DROCrossEntropyOverwrite.apply(
-            base, rows_target, rows_tau, scale, options, vocab_size, stride, return_stats, chosen
+        apply = _DROCrossEntropyOverwrite.apply if group is None else _overwrite_across_ranks
+        loss, rows, argmax, _ = apply(
+            base, rows_target, rows_tau, scale, options, v, stride, return_stats, group, chosen
         )
     else:
-        flat = logits.reshape(n, vocab_size)
-        if flat.stride(1) != 1 and vocab_size > 1:
+        flat = logits.reshape(n, v)
+        if flat.stride(1) != 1 and v > 1:
             flat = flat.contiguous()
         want_grad = track and reduction != "none"
-        loss, rows, argmax, _ = _DROCrossEntropy.apply(
-            flat, rows_target, rows_tau, scale, options, want_grad, return_stats, chosen
+        apply = _DROCrossEntropy.apply if group is None else _apply_across_ranks
+        loss, rows, argmax, _ = apply(
+            flat, rows_target, rows_tau, scale, options, want_grad, return_stats, group, chosen
         )
 
     loss = loss.reshape(target.shape) if reduction == "none" else loss.sum()

@@ -41,6 +41,10 @@ def token_loss():
                 kernel, block, num_warps = token.config(v, extras)
                 flags = {"UNSCALED": dtype == "fp16", "WANT_GRAD": grad, "WANT_ARGMAX": extras}
                 yield f"V={v}", kernel, {**flags, "SMOOTH": extras, "BLOCK": block}, num_warps, *end
+            for extras in (False, True):
+                block, num_warps = token.stats_config(v, extras)
+                flags = {"WANT_ARGMAX": extras, "SMOOTH": extras, "BLOCK": block}
+                yield f"V={v}", token.stats_kernel, flags, num_warps, *end
             for kernel in (token.bwd_kernel, token.scale_kernel):
                 yield f"V={v}", kernel, {"BLOCK": token.ELEMENTWISE_BLOCK}, 8, *end
 

@@ -47,7 +47,7 @@ def shape_params(n, v, stride):
     return dict.fromkeys((*names, "rho", "label_smoothing", "z_loss"), 0) | {
         "n": n, "v": v, "logits": 16, "logits_stride": stride, "grad": 16, "grad_stride": stride,
         "target_stride": 1, "tau_stride": 1, "scale_stride": 1, "wide_target": True,
-        "ignore_index": -100, "unscaled": False,
+        "ignore_index": -100, "unscaled": False, "begin": 0, "vocab_size": v,
     }  # fmt: skip
 
 
@@ -59,6 +59,8 @@ class Operators:
 
     ``plan`` overrides what the launch plan would choose.
     """
+
+    multiprocessors = 132
 
     def __init__(self, module, arch=90, **plan):
         self.module, self.arch, self.plan = module, arch, plan
@@ -101,7 +103,7 @@ class Operators:
             "rows": rows.data_ptr(), "ignore_index": ignore_index,
             "unscaled": logits.dtype == torch.float16,
             "loss": 0, "argmax": 0, "rho": 0.0, "label_smoothing": 0.0, "z_loss": 0.0,
-            "parts": 0, "extras": 0,
+            "parts": 0, "extras": 0, "begin": 0, "vocab_size": logits.shape[1],
         }  # fmt: skip
 
     def dro_cross_entropy_fwd(self, logits, target, tau, scale, *options):
@@ -117,14 +119,35 @@ class Operators:
         torch.autograd.graph.increment_version(logits)  # as the registered operator's kernel does
         return out
 
-    def dro_cross_entropy_bwd(
-        self, logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss
+    def dro_cross_entropy_stats(
+        self, logits, target, tau, ignore_index, begin, vocab_size, want_mean, want_argmax
     ):
+        n = logits.shape[0]
+        stats, argmax = torch.full((7, n), torch.nan), torch.full((n * want_argmax,), -7)
+        params = self._params(logits, None, target, tau, tau, stats, ignore_index) | {
+            "stats": stats.data_ptr(), "argmax": argmax.data_ptr() if want_argmax else 0,
+            "begin": begin, "vocab_size": vocab_size,
+        }  # fmt: skip
+        self.module.stats(_name(logits), params, want_mean, self.multiprocessors)
+        return stats, argmax
+
+    def dro_cross_entropy_bwd(self, logits, *args):
         grad = torch.empty(logits.shape, dtype=logits.dtype)
+        self._backward(logits, grad, *args)
+        return grad
+
+    def dro_cross_entropy_bwd_(self, logits, *args):
+        self._backward(logits, logits, *args)
+        torch.autograd.graph.increment_version(logits)
+
+    def _backward(
+        self, logits, grad, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin,
+        vocab_size,
+    ):  # fmt: skip
         params = self._params(logits, grad, target, tau, scale, rows, ignore_index)
         params |= {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        params |= {"begin": begin, "vocab_size": vocab_size}
         self.module.backward(_name(logits), params)
-        return grad
 
     def row_moments(self, logits, center):
         n, v = logits.shape

@@ -38,9 +38,10 @@ def gradients(loss, hidden, weight, module):
 def test_equals_the_shifted_token_loss(kind, number, device):
     options = {"label_smoothing": 0.1, "z_loss": 1e-2}
     hidden, weight, labels, module = make(device, **options)
+    by = None if number is None else 33
     number = torch.tensor(33) if number == "tensor" else number  # a trainer's: on the CPU
     expected = gradients(
-        by_hand(hidden, weight, labels, module.tempnet, 33 if number is not None else None, **options),
+        by_hand(hidden, weight, labels, module.tempnet, by, **options),
         hidden, weight, module,
     )  # fmt: skip
     if kind == "logits":

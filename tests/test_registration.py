@@ -50,10 +50,15 @@ def test_opcheck(backend, dtype, device):
     )
     forward = getattr(ops.dro_cross_entropy_fwd, backend)
     rows = forward(logits, target, tau, scale, *numbers, False, False)[2]
-    check(
-        getattr(ops.dro_cross_entropy_bwd, backend),
-        (logits, target, tau, scale, rows, *numbers[1:]),
-    )
+    for columns in ((0, 40), (40, 120)):
+        args = target, tau, scale, rows, *numbers[1:], *columns
+        check(getattr(ops.dro_cross_entropy_bwd, backend), (logits, *args))
+        check(getattr(ops.dro_cross_entropy_bwd_, backend), (logits.clone(), *args))
+        for want in (False, True):
+            check(
+                getattr(ops.dro_cross_entropy_stats, backend),
+                (logits, target, tau, -100, *columns, want, want),
+            )
     check(getattr(ops.scale_rows_, backend), (logits.clone(), scale))
 
 

@@ -38,24 +38,66 @@ struct Args {
   T* loss;          // [n]
   T* rows;          // [kRowFields, n]
   int64_t* argmax;  // [n] or null
+  T* parts;         // [kPartFields, n]
   int64_t ignore_index;
   LossOptions<T> options;
+  int64_t begin, vocab_size;  // the logits are the columns [begin, begin + v) of vocab_size
+
+  bool in_vocabulary(int64_t y) const { return y >= 0 && y < vocab_size; }
+  bool held(int64_t y) const { return y >= begin && y < begin + v; }
 };
 
-// grad_j = scale * (c p_j - q_j), with p_j = 2^u_j / s. grad may be z.
+// The state of a row of v columns.
+template <class T>
+struct RowSums {
+  RowState<T> state;
+  T zmax = -std::numeric_limits<T>::infinity();
+  T su = 0;                  // sum_j u_j
+  int64_t argmax_block = 0;  // the first column of the block that holds the largest logit
+};
+
 template <bool kFma, class Z, class T>
-TEMPNET_INLINE void write_gradient(const Z* z, Z* grad, int64_t v, int64_t y, T a, T m, T inverse_s,
-                                   T c, T scale, T label_smoothing) {
+TEMPNET_INLINE RowSums<T> reduce_row(const Z* z, int64_t v, T a) {
+  RowSums<T> sums;
+  for (int64_t j = 0; j < v; j += kBlock) {
+    const int64_t count = std::min(kBlock, v - j);
+    const Block<T> block = reduce_block<kFma>(z + j, count, a);
+    if (block.zmax > sums.zmax) {
+      sums.argmax_block = j;
+      sums.zmax = block.zmax;
+    }
+    const RowState<T> merged = merge(sums.state, block.state);
+    sums.su += T(j) * (sums.state.m - merged.m) + block.su + T(count) * (block.state.m - merged.m);
+    sums.state = merged;
+  }
+  return sums;
+}
+
+// The first column with the largest logit, in a row with a finite softmax.
+template <class Z, class T>
+TEMPNET_INLINE int64_t argmax_of(const Z* z, const RowSums<T>& sums) {
+  int64_t j = sums.argmax_block;
+  while (T(load(z[j])) != sums.zmax) ++j;
+  return j;
+}
+
+// grad_j = scale * (c p_j - q_j), with p_j = 2^u_j / s. grad may be z; y is the target's column, or
+// negative where it is another process's.
+template <bool kFma, class Z, class T>
+TEMPNET_INLINE void write_gradient(const Args<Z, T>& args, const Z* z, Z* grad, int64_t y, T a, T m,
+                                   T inverse_s, T c, T scale) {
+  const int64_t v = args.v;
+  const T label_smoothing = args.options.label_smoothing, vocab_size = T(args.vocab_size);
   const T factor = scale * c * inverse_s;
-  const T uniform = scale * label_smoothing / T(v);
+  const T uniform = scale * label_smoothing / vocab_size;
   // In fp32 before it is rounded to the gradient's type: p_y - 1 cancels.
-  const T p_y = weight<kFma>(load(z[y]), a, m) * inverse_s;
-  const T grad_y = scale * ((c * p_y - 1) + label_smoothing * (1 - 1 / T(v)));
+  const T p_y = y < 0 ? T(0) : weight<kFma>(load(z[y]), a, m) * inverse_s;
+  const T grad_y = scale * ((c * p_y - 1) + label_smoothing * (1 - 1 / vocab_size));
 #pragma omp simd
   for (int64_t j = 0; j < v; ++j) {
     grad[j] = store<Z>(weight<kFma>(load(z[j]), a, m) * factor - uniform);
   }
-  grad[y] = store<Z>(grad_y);
+  if (y >= 0) grad[y] = store<Z>(grad_y);
 }
 
 template <class Z, class T>
@@ -87,22 +129,10 @@ struct ForwardRows {
     }
 
     const T a = Constants<T>::kLog2e / tau;
-    RowState<T> state;
-    T zmax = -std::numeric_limits<T>::infinity(), su = 0;
-    int64_t argmax_block = 0;
-    for (int64_t j = 0; j < v; j += kBlock) {
-      const int64_t count = std::min(kBlock, v - j);
-      const Block<T> block = reduce_block<kFma>(z + j, count, a);
-      if (block.zmax > zmax) {
-        argmax_block = j;
-        zmax = block.zmax;
-      }
-      const RowState<T> merged = merge(state, block.state);
-      su += T(j) * (state.m - merged.m) + block.su + T(count) * (block.state.m - merged.m);
-      state = merged;
-    }
-
-    const RowResult<T> r = finish(state, zmax, T(load(z[y])), su / T(v), tau, args.options);
+    const RowSums<T> sums = reduce_row<kFma>(z, v, a);
+    const RowState<T>& state = sums.state;
+    const RowResult<T> r =
+        finish(state, sums.zmax, T(load(z[y])), sums.su / T(v), tau, args.options);
     args.loss[i] = scale == 0 ? T(0) : scale * r.loss;
     rows[kLoss * n] = r.loss;
     rows[kGradTau * n] = scale == 0 ? T(0) : scale * r.grad_tau;
@@ -110,18 +140,39 @@ struct ForwardRows {
     rows[kLog2S * n] = r.log2_s;
     rows[kEntropy * n] = r.entropy;
     rows[kLogProb * n] = r.log_prob;
-    if (args.argmax) {
-      int64_t j = std::isfinite(r.log2_s) ? argmax_block : -1;
-      while (j >= 0 && T(load(z[j])) != zmax) ++j;
-      args.argmax[i] = j;
-    }
+    if (args.argmax) args.argmax[i] = std::isfinite(r.log2_s) ? argmax_of(z, sums) : -1;
     if (grad && scale == 0) {
       std::fill(grad, grad + v, store<Z>(T(0)));
     } else if (grad) {
       // fp16 is stored unscaled: p / N underflows where no loss scale can bring it back.
       const T stored = std::is_same<Z, Half>::value ? T(1) : scale;
-      write_gradient<kFma>(z, grad, v, y, a, state.m, 1 / state.s, r.c, stored,
-                           args.options.label_smoothing);
+      write_gradient<kFma>(args, z, grad, y, a, state.m, 1 / state.s, r.c, stored);
+    }
+  }
+};
+
+// The state of these columns.
+template <class Z, class T>
+struct StatsRows {
+  template <bool kFma>
+  static TEMPNET_INLINE void run(const Args<Z, T>& args, int64_t begin, int64_t end) {
+    const T nan = std::numeric_limits<T>::quiet_NaN();
+    for (int64_t i = begin; i < end; ++i) {
+      const Z* z = args.logits + i * args.logits_stride;
+      const int64_t y = args.target[i];
+      const T tau = args.tau[i];
+      if (y == args.ignore_index || !args.in_vocabulary(y) || !(tau > 0)) {
+        for (int field = 0; field < kPartFields; ++field) args.parts[field * args.n + i] = nan;
+        if (args.argmax) args.argmax[i] = -1;
+        continue;
+      }
+      const RowSums<T> sums = reduce_row<kFma>(z, args.v, Constants<T>::kLog2e / tau);
+      const T z_y = args.held(y) ? T(load(z[y - args.begin])) : -std::numeric_limits<T>::infinity();
+      store_part(args.parts + i, args.n, sums.state, sums.zmax, z_y, sums.su / T(args.v), tau);
+      if (args.argmax) {
+        // Of columns that are all -inf the first is as good as any; NaN has none.
+        args.argmax[i] = std::isnan(sums.state.s) ? -1 : args.begin + argmax_of(z, sums);
+      }
     }
   }
 };
@@ -142,9 +193,9 @@ struct BackwardRows {
         continue;
       }
       const T c = probability_factor(args.options.z_loss, Constants<T>::kLn2 * (m + log2_s), tau);
-      write_gradient<kFma>(args.logits + i * args.logits_stride, grad, v, y,
-                           Constants<T>::kLog2e / tau, m, std::exp2(-log2_s), c, scale,
-                           args.options.label_smoothing);
+      write_gradient<kFma>(args, args.logits + i * args.logits_stride, grad,
+                           args.held(y) ? y - args.begin : -1, Constants<T>::kLog2e / tau, m,
+                           std::exp2(-log2_s), c, scale);
     }
   }
 };
@@ -179,23 +230,33 @@ Args<Z, T> shape_args(const Tensor& wide) {
   return args;
 }
 
+// Of these rows and columns, without a check of the targets.
 template <class Z, class T>
-Args<Z, T> row_args(const Tensor& logits, const Tensor& target, const Tensor& tau,
-                    const Tensor& scale, int64_t ignore_index, double rho, double label_smoothing,
-                    double z_loss) {
+Args<Z, T> state_args(const Tensor& logits, const Tensor& target, const Tensor& tau,
+                      int64_t ignore_index, int64_t begin, int64_t vocab_size) {
   Args<Z, T> args = shape_args<Z, T>(logits);
   args.logits = static_cast<const Z*>(logits.const_data_ptr());
   args.logits_stride = logits.stride(0);
   args.target = {target.const_data_ptr(), target.stride(0),
                  target.scalar_type() == ScalarType::Long};
   args.tau = strided<T>(tau);
-  args.scale = strided<T>(scale);
   args.ignore_index = ignore_index;
-  args.options = {T(rho), T(std::log(double(args.v))), T(label_smoothing), T(z_loss)};
+  args.begin = begin;
+  args.vocab_size = vocab_size;
+  return args;
+}
+
+template <class Z, class T>
+Args<Z, T> row_args(const Tensor& logits, const Tensor& target, const Tensor& tau,
+                    const Tensor& scale, int64_t ignore_index, double rho, double label_smoothing,
+                    double z_loss, int64_t begin, int64_t vocab_size) {
+  auto args = state_args<Z, T>(logits, target, tau, ignore_index, begin, vocab_size);
+  args.scale = strided<T>(scale);
+  args.options = {T(rho), T(std::log(double(vocab_size))), T(label_smoothing), T(z_loss)};
   for (int64_t i = 0; i < args.n; ++i) {
     const int64_t y = args.target[i];
-    if ((y < 0 || y >= args.v) && y != ignore_index) {
-      throw_bad_target(kName, i, y, args.v, ignore_index);
+    if (y != ignore_index && !args.in_vocabulary(y)) {
+      throw_bad_target(kName, i, y, vocab_size, ignore_index);
     }
   }
   return args;
@@ -214,8 +275,8 @@ RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& targe
   for_dtype(kName, "logits", logits, [&](auto types) {
     using Z = typename decltype(types)::Storage;
     using T = typename decltype(types)::Accumulator;
-    auto args =
-        row_args<Z, T>(logits, target, tau, scale, ignore_index, rho, label_smoothing, z_loss);
+    auto args = row_args<Z, T>(logits, target, tau, scale, ignore_index, rho, label_smoothing,
+                               z_loss, 0, logits.size(1));
     if (grad) {
       args.grad = static_cast<Z*>(grad->mutable_data_ptr());
       args.grad_stride = grad->stride(0);
@@ -245,20 +306,53 @@ RowTensors dro_cross_entropy_fwd_(Tensor logits, Tensor target, Tensor tau, Tens
                  want_argmax);
 }
 
-Tensor dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows,
-                             int64_t ignore_index, double label_smoothing, double z_loss) {
-  Tensor grad = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
+std::tuple<Tensor, Tensor> dro_cross_entropy_stats(Tensor logits, Tensor target, Tensor tau,
+                                                   int64_t ignore_index, int64_t begin,
+                                                   int64_t vocab_size, bool, bool want_argmax) {
+  const int64_t n = logits.size(0);
+  Tensor parts = torch::stable::new_empty(tau, {kPartFields, n});
+  Tensor argmax = torch::stable::new_empty(tau, {want_argmax ? n : 0}, ScalarType::Long);
   for_dtype(kName, "logits", logits, [&](auto types) {
     using Z = typename decltype(types)::Storage;
     using T = typename decltype(types)::Accumulator;
-    auto args =
-        row_args<Z, T>(logits, target, tau, scale, ignore_index, 0, label_smoothing, z_loss);
+    auto args = state_args<Z, T>(logits, target, tau, ignore_index, begin, vocab_size);
+    args.parts = static_cast<T*>(parts.mutable_data_ptr());
+    args.argmax = want_argmax ? static_cast<int64_t*>(argmax.mutable_data_ptr()) : nullptr;
+    run_parallel<StatsRows<Z, T>>(args, args.n, args.v);
+  });
+  return {parts, argmax};
+}
+
+// grad may be the logits.
+void backward(const Tensor& logits, const Tensor& grad, const Tensor& target, const Tensor& tau,
+              const Tensor& scale, const Tensor& rows, int64_t ignore_index, double label_smoothing,
+              double z_loss, int64_t begin, int64_t vocab_size) {
+  for_dtype(kName, "logits", logits, [&](auto types) {
+    using Z = typename decltype(types)::Storage;
+    using T = typename decltype(types)::Accumulator;
+    auto args = row_args<Z, T>(logits, target, tau, scale, ignore_index, 0, label_smoothing, z_loss,
+                               begin, vocab_size);
     args.grad = static_cast<Z*>(grad.mutable_data_ptr());
     args.grad_stride = grad.stride(0);
     args.rows = static_cast<T*>(rows.mutable_data_ptr());
     run_parallel<BackwardRows<Z, T>>(args, args.n, args.v);
   });
+}
+
+Tensor dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows,
+                             int64_t ignore_index, double label_smoothing, double z_loss,
+                             int64_t begin, int64_t vocab_size) {
+  Tensor grad = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
+  backward(logits, grad, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin,
+           vocab_size);
   return grad;
+}
+
+void dro_cross_entropy_bwd_(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows,
+                            int64_t ignore_index, double label_smoothing, double z_loss,
+                            int64_t begin, int64_t vocab_size) {
+  backward(logits, logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin,
+           vocab_size);
 }
 
 void scale_rows_(Tensor grad, Tensor scale) {
@@ -278,7 +372,9 @@ void scale_rows_(Tensor grad, Tensor scale) {
 STABLE_TORCH_LIBRARY_IMPL(tempnet, CPU, library) {
   library.impl("dro_cross_entropy_fwd.native", TORCH_BOX(&dro_cross_entropy_fwd));
   library.impl("dro_cross_entropy_fwd_.native", TORCH_BOX(&dro_cross_entropy_fwd_));
+  library.impl("dro_cross_entropy_stats.native", TORCH_BOX(&dro_cross_entropy_stats));
   library.impl("dro_cross_entropy_bwd.native", TORCH_BOX(&dro_cross_entropy_bwd));
+  library.impl("dro_cross_entropy_bwd_.native", TORCH_BOX(&dro_cross_entropy_bwd_));
   library.impl("scale_rows_.native", TORCH_BOX(&scale_rows_));
 }
 

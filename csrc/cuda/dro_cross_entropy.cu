@@ -38,9 +38,8 @@ Params shape_params(const Tensor& wide) {
   return params;
 }
 
-Params row_params(const Tensor& logits, const Tensor& target, const Tensor& tau,
-                  const Tensor& scale, double rho, int64_t ignore_index, double label_smoothing,
-                  double z_loss) {
+Params state_params(const Tensor& logits, const Tensor& target, const Tensor& tau,
+                    int64_t ignore_index, int64_t begin, int64_t vocab_size) {
   Params params = shape_params(logits);
   params.logits = logits.const_data_ptr();
   params.logits_stride = logits.stride(0);
@@ -49,12 +48,30 @@ Params row_params(const Tensor& logits, const Tensor& target, const Tensor& tau,
   params.wide_target = target.scalar_type() == ScalarType::Long;
   params.tau = static_cast<const float*>(tau.const_data_ptr());
   params.tau_stride = tau.stride(0);
+  params.ignore_index = ignore_index;
+  params.begin = begin;
+  params.vocab_size = vocab_size;
+  return params;
+}
+
+Params row_params(const Tensor& logits, const Tensor& target, const Tensor& tau,
+                  const Tensor& scale, double rho, int64_t ignore_index, double label_smoothing,
+                  double z_loss, int64_t begin, int64_t vocab_size) {
+  Params params = state_params(logits, target, tau, ignore_index, begin, vocab_size);
   params.scale = static_cast<const float*>(scale.const_data_ptr());
   params.scale_stride = scale.stride(0);
-  params.ignore_index = ignore_index;
-  params.options = {float(rho), float(std::log(double(params.v))), float(label_smoothing),
+  params.options = {float(rho), float(std::log(double(vocab_size))), float(label_smoothing),
                     float(z_loss)};
   return params;
+}
+
+// The memory of so many parts of rows.
+Tensor allocate_parts(Params& params, const Tensor& like, int64_t count) {
+  Tensor parts = torch::stable::new_empty(
+      like, {count * int64_t((sizeof(Partial) + sizeof(Extras)) / sizeof(float))});
+  params.parts = static_cast<Partial*>(parts.mutable_data_ptr());
+  params.extras = reinterpret_cast<Extras*>(params.parts + count);
+  return parts;
 }
 
 using RowTensors = std::tuple<Tensor, Tensor, Tensor>;
@@ -68,8 +85,8 @@ RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& targe
   Tensor rows = torch::stable::new_empty(tau, {kRowFields, n});
   Tensor argmax = torch::stable::new_empty(tau, {want_argmax ? n : 0}, ScalarType::Long);
   if (n == 0) return {loss, rows, argmax};
-  Params params =
-      row_params(logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss);
+  Params params = row_params(logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss,
+                             0, logits.size(1));
   if (grad) {
     params.grad = grad->mutable_data_ptr();
     params.grad_stride = grad->stride(0);
@@ -85,11 +102,7 @@ RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& targe
                                    on.multiprocessors, mode_of(params), params.grad != nullptr);
     Tensor parts = tau;  // holds the memory until the launches are queued
     if (plan.kernel == Kernel::kSplit) {
-      const int64_t count = n * divide_up(params.v, plan.slice);
-      parts = torch::stable::new_empty(
-          tau, {count * int64_t((sizeof(Partial) + sizeof(Extras)) / sizeof(float))});
-      params.parts = static_cast<Partial*>(parts.mutable_data_ptr());
-      params.extras = reinterpret_cast<Extras*>(params.parts + count);
+      parts = allocate_parts(params, tau, n * divide_up(params.v, plan.slice));
     }
     launch_forward<Z>(params, plan, on.stream);
   });
@@ -113,17 +126,55 @@ RowTensors dro_cross_entropy_fwd_(Tensor logits, Tensor target, Tensor tau, Tens
                  want_argmax);
 }
 
-Tensor dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows,
-                             int64_t ignore_index, double label_smoothing, double z_loss) {
+std::tuple<Tensor, Tensor> dro_cross_entropy_stats(Tensor logits, Tensor target, Tensor tau,
+                                                   int64_t ignore_index, int64_t begin,
+                                                   int64_t vocab_size, bool want_mean,
+                                                   bool want_argmax) {
   const OnDevice on(kName, logits);
-  Tensor grad = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
-  Params params = row_params(logits, target, tau, scale, 0, ignore_index, label_smoothing, z_loss);
+  const int64_t n = logits.size(0);
+  Tensor stats = torch::stable::new_empty(tau, {kPartFields, n});
+  Tensor argmax = torch::stable::new_empty(tau, {want_argmax ? n : 0}, ScalarType::Long);
+  if (n == 0) return {stats, argmax};
+  Params params = state_params(logits, target, tau, ignore_index, begin, vocab_size);
+  params.stats = static_cast<float*>(stats.mutable_data_ptr());
+  params.argmax = want_argmax ? static_cast<int64_t*>(argmax.mutable_data_ptr()) : nullptr;
+  for_dtype(kName, "logits", logits, [&](auto zero) {
+    using Z = decltype(zero);
+    plan_stats(params, sizeof(Z), on.multiprocessors);
+    const Tensor parts = allocate_parts(params, tau, n * params.slices);
+    launch_stats<Z>(params, want_mean, on.stream);
+  });
+  return {stats, argmax};
+}
+
+// grad may be the logits.
+void backward(const Tensor& logits, const Tensor& grad, const Tensor& target, const Tensor& tau,
+              const Tensor& scale, const Tensor& rows, int64_t ignore_index, double label_smoothing,
+              double z_loss, int64_t begin, int64_t vocab_size) {
+  const OnDevice on(kName, logits);
+  Params params = row_params(logits, target, tau, scale, 0, ignore_index, label_smoothing, z_loss,
+                             begin, vocab_size);
   params.grad = grad.mutable_data_ptr();
   params.grad_stride = grad.stride(0);
   params.rows = static_cast<float*>(rows.mutable_data_ptr());
   for_dtype(kName, "logits", logits,
             [&](auto zero) { launch_backward<decltype(zero)>(params, on.stream); });
+}
+
+Tensor dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows,
+                             int64_t ignore_index, double label_smoothing, double z_loss,
+                             int64_t begin, int64_t vocab_size) {
+  Tensor grad = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
+  backward(logits, grad, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin,
+           vocab_size);
   return grad;
+}
+
+void dro_cross_entropy_bwd_(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows,
+                            int64_t ignore_index, double label_smoothing, double z_loss,
+                            int64_t begin, int64_t vocab_size) {
+  backward(logits, logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin,
+           vocab_size);
 }
 
 void scale_rows_(Tensor grad, Tensor scale) {
@@ -174,7 +225,9 @@ LaunchPlan launch_plan(int64_t n, int64_t v, const std::string& dtype, int arch)
 STABLE_TORCH_LIBRARY_IMPL(tempnet, CUDA, library) {
   library.impl("dro_cross_entropy_fwd.native", TORCH_BOX(&dro_cross_entropy_fwd));
   library.impl("dro_cross_entropy_fwd_.native", TORCH_BOX(&dro_cross_entropy_fwd_));
+  library.impl("dro_cross_entropy_stats.native", TORCH_BOX(&dro_cross_entropy_stats));
   library.impl("dro_cross_entropy_bwd.native", TORCH_BOX(&dro_cross_entropy_bwd));
+  library.impl("dro_cross_entropy_bwd_.native", TORCH_BOX(&dro_cross_entropy_bwd_));
   library.impl("scale_rows_.native", TORCH_BOX(&scale_rows_));
 }
 

@@ -4,6 +4,7 @@
 // - row_kernel: a CTA, or on sm_90 a cluster of CTAs, per row. The row stays in registers, packed,
 //   between its sums and its gradient; or it is read twice, the second time from the L2 cache.
 // - split_kernel, join_kernel: few rows, each spread over many CTAs, without clusters.
+// - split_kernel, stats_kernel: the state of the rows, for other processes to merge.
 #pragma once
 
 #include "row_reduce.cuh"
@@ -28,7 +29,9 @@ struct Params {
   float* loss;      // [n]
   float* rows;      // [kRowFields, n]
   int64_t* argmax;  // [n] or null
+  float* stats;     // [kPartFields, n], for stats_kernel
   int64_t ignore_index;
+  int64_t begin, vocab_size;  // the logits are the columns [begin, begin + v) of vocab_size
   LossOptions<float> options;
   bool unscaled;   // store c p - q without the row's scale
   int slice;       // columns per CTA of a cluster, or of a split row
@@ -42,7 +45,7 @@ constexpr int kElementwiseThreads = 512;
 
 struct RowInputs {
   int i;
-  int y;
+  int y;  // the target's column, or -1 where another process has it
   float tau, scale, a;
   bool ignored, live;
 };
@@ -56,8 +59,9 @@ TEMPNET_DEVICE RowInputs load_row(const Params& params, int i) {
   row.tau = params.tau[i * params.tau_stride];
   row.scale = params.scale[i * params.scale_stride];
   row.ignored = y == params.ignore_index;
-  const bool inside = y >= 0 && y < params.v;
-  row.y = inside ? int(y) : 0;
+  const bool inside = y >= 0 && y < params.vocab_size;
+  const int64_t column = inside ? y - params.begin : -1;
+  row.y = column >= 0 && column < params.v ? int(column) : -1;
   row.live = !row.ignored && inside && row.tau > 0;
   row.a = Constants<float>::kLog2e / row.tau;
   return row;
@@ -208,6 +212,18 @@ split_kernel(TEMPNET_PARAM Params params) {
   }
 }
 
+// The union of the row's parts, in every lane.
+TEMPNET_DEVICE void merge_slices(const Params& params, const RowInputs& row, Partial& p,
+                                 Extras* extras) {
+  for (int j = threadIdx.x % kWarp; j < params.slices; j += kWarp) {
+    const int64_t at = int64_t(row.i) * params.slices + j;
+    Extras q_extras;
+    if (extras) q_extras = params.extras[at];
+    merge_into(p, extras, params.parts[at], extras ? &q_extras : nullptr, row.a);
+  }
+  warp_merge(p, extras, row.a);
+}
+
 // The row's result from its parts, and the gradient of slice blockIdx.y.
 template <class Z, bool kHasExtras>
 TEMPNET_KERNEL(kSplitThreads, 2)
@@ -220,13 +236,7 @@ join_kernel(TEMPNET_PARAM Params params) {
   }
   Partial p;
   Extras extras_of_row, *extras = kHasExtras ? &extras_of_row : nullptr;
-  for (int j = threadIdx.x % kWarp; j < params.slices; j += kWarp) {
-    const int64_t at = int64_t(row.i) * params.slices + j;
-    Extras q_extras;
-    if (kHasExtras) q_extras = params.extras[at];
-    merge_into(p, extras, params.parts[at], kHasExtras ? &q_extras : nullptr, row.a);
-  }
-  warp_merge(p, extras, row.a);
+  merge_slices(params, row, p, extras);
   if (blockIdx.y == 0 && threadIdx.x == 0) store_row(params, row, p, extras);
   if (!params.grad) return;
   Z* grad = grad_row<Z>(params, row.i);
@@ -236,6 +246,30 @@ join_kernel(TEMPNET_PARAM Params params) {
   }
   write_span(Span<Z, true>(logits_row<Z>(params, row.i), begin, end), grad,
              gradient(params, row, p, params.unscaled ? 1.0f : row.scale));
+}
+
+// The state of a row from its parts, by a warp.
+template <bool kHasExtras>
+TEMPNET_KERNEL(kSplitThreads, 2)
+stats_kernel(TEMPNET_PARAM Params params) {
+  const int64_t n = params.n, i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
+  if (i >= n) return;
+  const bool first = threadIdx.x % kWarp == 0;
+  const RowInputs row = load_row(params, int(i));
+  if (!row.live) {
+    if (!first) return;
+    for (int field = 0; field < kPartFields; ++field) params.stats[field * n + i] = NAN;
+    if (params.argmax) params.argmax[i] = -1;
+    return;
+  }
+  Partial p;
+  Extras extras_of_row, *extras = kHasExtras ? &extras_of_row : nullptr;
+  merge_slices(params, row, p, extras);
+  if (!first) return;
+  const RowState<float> state{row_maximum(p.zmax, row.a), p.s, p.sx};
+  const float mean_u = kHasExtras ? extras->su / float(params.v) : 0.0f;
+  store_part(params.stats + i, n, state, p.zmax, p.z_y, mean_u, row.tau);
+  if (params.argmax) params.argmax[i] = params.begin + extras->argmax;
 }
 
 // The gradient of slice blockIdx.y from the state that the forward left in rows.
@@ -254,9 +288,12 @@ backward_kernel(TEMPNET_PARAM Params params) {
   const float log2_s = params.rows[kLog2S * params.n + row.i];
   const float lse = Constants<float>::kLn2 * (m + log2_s);
   const float c = probability_factor(params.options.z_loss, lse, row.tau);
-  write_span(Span<Z, true>(logits, begin, end), grad,
-             gradient_of_row(row.a, m, exp2f(-log2_s), to_float(logits[row.y]), row.y, c, row.scale,
-                             params.options.label_smoothing, 1 / float(params.v)));
+  const Span<Z, true> span(logits, begin, end);
+  const float z_y = span.holds(row.y) ? to_float(logits[row.y]) : -INFINITY;
+  __syncthreads();  // in place: every thread has read the target's logit before one overwrites it
+  write_span(span, grad,
+             gradient_of_row(row.a, m, exp2f(-log2_s), z_y, row.y, c, row.scale,
+                             params.options.label_smoothing, 1 / float(params.vocab_size)));
 }
 
 // CTAs take rows in turn, and look at the scales of a warp's width of them at a time: where every

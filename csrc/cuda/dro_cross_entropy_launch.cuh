@@ -118,6 +118,33 @@ void launch_forward(const Params& params, const Plan& plan, Stream stream) {
   }
 }
 
+// Slices of a row whose state only is wanted: enough CTAs for every multiprocessor.
+inline void plan_stats(Params& params, int itemsize, int multiprocessors) {
+  const int slices =
+      min(divide_up(multiprocessors, int(params.n)), divide_up(params.v * itemsize, 1 << 14));
+  params.slice = lines(divide_up(params.v, slices), itemsize);
+  params.slices = divide_up(params.v, params.slice);
+}
+
+template <class Z, Mode kMode>
+void launch_stats_mode(const Params& params, Stream stream) {
+  const unsigned n = unsigned(params.n);
+  launch(split_kernel<Z, kMode>, dim3(n, params.slices), kSplitThreads, 1,
+         merge_bytes(kSplitThreads, 1), stream, params);
+  launch(stats_kernel<has_extras<kMode>>, dim3(divide_up(int(n), kSplitThreads / kWarp)),
+         kSplitThreads, 1, 0, stream, params);
+}
+
+template <class Z>
+void launch_stats(Params params, bool want_mean, Stream stream) {
+  if (params.n == 0) return;
+  params.scale = params.tau;  // load_row reads a scale, which a state has not
+  params.scale_stride = params.tau_stride;
+  if (want_mean) return launch_stats_mode<Z, kAll>(params, stream);
+  if (params.argmax) return launch_stats_mode<Z, kArgmax>(params, stream);
+  launch_stats_mode<Z, kForward>(params, stream);
+}
+
 template <class Z>
 void launch_backward(Params params, Stream stream) {
   if (params.n == 0) return;

@@ -1,6 +1,5 @@
 """The contrastive loss as a module that holds its state."""
 
-import copy
 import math
 from typing import NamedTuple
 
@@ -9,7 +8,7 @@ import torch.distributed as dist
 from torch import nn
 
 from tempnet_kernels._checks import check_integers, in_backward, temperature_bounds
-from tempnet_kernels._ranks import all_sum, gather, meet
+from tempnet_kernels._ranks import SharesGroup, all_sum, gather, meet
 from tempnet_kernels._register import BACKENDS
 from tempnet_kernels.dro_contrastive import check_features, dro_contrastive
 from tempnet_kernels.dro_cross_entropy import accumulation_dtype
@@ -131,7 +130,7 @@ class ContrastiveTemperatureStats(NamedTuple):
     text: TemperatureStats
 
 
-class RobustContrastiveLoss(nn.Module):
+class RobustContrastiveLoss(SharesGroup, nn.Module):
     """Contrastive loss with a moving average per sample and the temperatures of one of four
     methods, all on the kernel of :func:`tempnet_kernels.dro_contrastive`.
 
@@ -460,13 +459,6 @@ class RobustContrastiveLoss(nn.Module):
             moved = (tau - ISOGCLR_RATE * u).clamp(self.tau_min, self.tau_max)
             new |= {f"u_{side}": u, f"tau_{side}": torch.where(moves, moved, tau)}
         return new
-
-    def __deepcopy__(self, memo):
-        # A ProcessGroup cannot be copied: copies share it.
-        memo[id(self.process_group)] = self.process_group
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
 
     def extra_repr(self):
         options = ("num_samples", "gamma", "rho", "method", "estimator", "backend")

@@ -4,20 +4,25 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from tempnet_kernels._ranks import SharesGroup
 from tempnet_kernels.dro_cross_entropy import dro_cross_entropy
 from tempnet_kernels.linear_dro_cross_entropy import loss_and_temperatures
 from tempnet_kernels.nn.tempnet import TemperatureStats
 
 
-class DROCrossEntropyLoss(nn.Module):
-    """Module form of :func:`tempnet_kernels.dro_cross_entropy`; the options are its keywords."""
+class DROCrossEntropyLoss(SharesGroup, nn.Module):
+    """Module form of :func:`tempnet_kernels.dro_cross_entropy`; the options are its keywords.
+
+    With a ``process_group`` the loss cannot be pickled, and its copies share the group.
+    """
 
     def __init__(
         self, rho=0.0, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, reduction="mean",
-        return_stats=False, overwrite_logits=False, backend="auto",
+        return_stats=False, overwrite_logits=False, process_group=None, backend="auto",
     ):  # fmt: skip
         super().__init__()
         self.rho = rho
+        self.process_group = process_group
         self.options = {
             "ignore_index": ignore_index,
             "label_smoothing": label_smoothing,
@@ -37,6 +42,7 @@ class DROCrossEntropyLoss(nn.Module):
             self.rho,
             row_weight=row_weight,
             normalizer=normalizer,
+            process_group=self.process_group,
             **self.options,
         )
 
@@ -73,7 +79,8 @@ class TempNetCrossEntropyLoss(_PredictedTemperatures):
         tempnet: a module from logits ``[..., V]`` to temperatures ``[...]``, with ``tau_min`` and
             ``tau_max``.
         rho: KL radius in nats.
-        options: the keywords of :class:`DROCrossEntropyLoss`.
+        options: the keywords of :class:`DROCrossEntropyLoss` but ``process_group``: the TempNet
+            reads whole rows.
     """
 
     def __init__(self, tempnet, rho, **options):

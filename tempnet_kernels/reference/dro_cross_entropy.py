@@ -7,6 +7,7 @@ import torch
 from tempnet_kernels._checks import check_target
 
 LN2 = math.log(2)
+EMPTY = -1e30  # m of columns without a finite logit; finite, since -inf - -inf is NaN
 
 
 def dro_cross_entropy_fwd(
@@ -32,30 +33,74 @@ def dro_cross_entropy_fwd_(
     return loss, rows, argmax if want_argmax else argmax.new_empty(0)
 
 
-def dro_cross_entropy_bwd(logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss):
-    z, y, live = _prepare(logits, target, tau, ignore_index)
-    grad = _gradient(z, y, live, tau, scale, rows[2], rows[3], label_smoothing, z_loss)
-    return torch.empty_like(logits, memory_format=torch.contiguous_format).copy_(grad)
+def dro_cross_entropy_stats(
+    logits, target, tau, ignore_index, begin, vocab_size, want_mean, want_argmax
+):
+    z, y, held, live = _prepare(logits, target, tau, ignore_index, begin, vocab_size)
+    zmax = z.amax(1)  # (N,)
+    a = 1 / (LN2 * tau)
+    m = (zmax * a).clamp(min=EMPTY)
+    u = _exponent(z, zmax, a, m)  # (N, V)
+    e = torch.exp2(u)
+    sx = torch.where(e == 0, 0, e * u).sum(1)
+    z_y = torch.where(held, z.gather(1, y[:, None])[:, 0], -math.inf)
+    mean_u = u.mean(1) if want_mean else torch.zeros_like(m)
+    parts = torch.stack([zmax, m, _rounding(zmax, a, m), e.sum(1), sx, z_y, mean_u])
+    parts = torch.where(live, parts, math.nan)
+    return parts, z.argmax(1) + begin if want_argmax else y.new_empty(0)
+
+
+def dro_cross_entropy_bwd(
+    logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin, vocab_size
+):
+    grad = torch.empty_like(logits, memory_format=torch.contiguous_format).copy_(logits)
+    dro_cross_entropy_bwd_(
+        grad, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin, vocab_size
+    )
+    return grad
+
+
+def dro_cross_entropy_bwd_(
+    logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin, vocab_size
+):
+    check_target(target, vocab_size, ignore_index)
+    z, y, held, live = _prepare(logits, target, tau, ignore_index, begin, vocab_size)
+    smooth = label_smoothing, vocab_size
+    grad = _gradient(z, y, held, live, tau, scale, rows[2], rows[3], *smooth, z_loss)
+    logits.copy_(grad)
 
 
 def scale_rows_(grad, scale):
     grad.copy_(torch.where(scale[:, None] == 0, 0, grad.to(scale.dtype) * scale[:, None]))
 
 
-def _prepare(logits, target, tau, ignore_index):
-    """(logits in the accumulation dtype, NaN in bad rows; a column to gather from; rows not
-    ignored)."""
+def _prepare(logits, target, tau, ignore_index, begin, vocab_size):
+    """(logits in the accumulation dtype, NaN in bad rows; a column to gather from; whether it is
+    the target's; rows not ignored)."""
     v = logits.shape[1]
-    check_target(target, v, ignore_index)
     live = target != ignore_index
-    bad = (live & ((target < 0) | (target >= v))) | ~(tau > 0)
+    bad = (live & ((target < 0) | (target >= vocab_size))) | ~(tau > 0)
     z = torch.where(bad[:, None], math.nan, logits.to(tau.dtype))  # (N, V)
-    return z, target.clamp(0, v - 1).long(), live
+    y = target.long() - begin
+    return z, y.clamp(0, v - 1), (y >= 0) & (y < v), live
+
+
+def _rounding(zmax, a, m):
+    """zmax a - m with one rounding: what the rounding of m left out."""
+    return (zmax.double() * a.double() - m.double()).to(m.dtype)
+
+
+def _exponent(z, zmax, a, m):
+    """u = z a - m. Centred on ``zmax`` before the product: exact near it, where the weight is."""
+    top = torch.where(zmax == -math.inf, 0, zmax)  # -inf - -inf is NaN
+    return (z - top[:, None]) * a[:, None] + _rounding(top, a, m)[:, None]
 
 
 def _forward(logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_grad):
-    z, y, live = _prepare(logits, target, tau, ignore_index)
-    log_v = math.log(z.shape[1])
+    v = logits.shape[1]
+    check_target(target, v, ignore_index)
+    z, y, held, live = _prepare(logits, target, tau, ignore_index, 0, v)
+    log_v = math.log(v)
     zmax = z.amax(1)  # (N,)
     a = 1 / (LN2 * tau)  # (N,)
     m = zmax * a
@@ -75,6 +120,7 @@ def _forward(logits, target, tau, scale, rho, ignore_index, label_smoothing, z_l
     loss = below + tau * (LN2 * log2_s + rho - log_v) + z_loss * lse**2
     grad_tau = entropy + rho - log_v - 2 * z_loss * lse * (lse - entropy) / tau
     log_prob = (z_y - zmax) / tau - LN2 * log2_s
+    log2_s = log2_s + _rounding(zmax, a, m)  # relative to the rounded m
 
     weighted = torch.where(scale == 0, 0, scale * loss)
     grad_tau = torch.where(scale == 0, 0, scale * grad_tau)
@@ -82,7 +128,7 @@ def _forward(logits, target, tau, scale, rho, ignore_index, label_smoothing, z_l
     grad = None
     if want_grad:
         stored = (scale != 0).to(tau.dtype) if logits.dtype == torch.float16 else scale
-        grad = _gradient(z, y, live, tau, stored, m, log2_s, label_smoothing, z_loss)
+        grad = _gradient(z, y, held, live, tau, stored, m, log2_s, label_smoothing, v, z_loss)
     rows = torch.stack(
         [
             torch.where(live, loss, 0),
@@ -97,12 +143,12 @@ def _forward(logits, target, tau, scale, rho, ignore_index, label_smoothing, z_l
     return torch.where(live, weighted, 0), rows, argmax, grad
 
 
-def _gradient(z, y, live, tau, scale, m, log2_s, label_smoothing, z_loss):
+def _gradient(z, y, held, live, tau, scale, m, log2_s, label_smoothing, vocab_size, z_loss):
     """scale * (c p - q), and exactly 0 for ignored rows and where the scale is 0."""
     a = 1 / (LN2 * tau)
-    zmax = z.amax(1, keepdim=True)  # (N, 1)
     c = 1 + 2 * z_loss * LN2 * (m + log2_s) / tau  # (N,)
-    p = torch.exp2((z - zmax) * a[:, None] - log2_s[:, None])  # (N, V)
-    grad = c[:, None] * p - label_smoothing / z.shape[1]
-    grad = grad.scatter_add(1, y[:, None], torch.full_like(grad[:, :1], label_smoothing - 1))
+    p = torch.exp2(_exponent(z, z.amax(1), a, m) - log2_s[:, None])  # (N, V)
+    grad = c[:, None] * p - label_smoothing / vocab_size
+    own = held.to(grad.dtype) * (label_smoothing - 1)  # (N,)
+    grad = grad.scatter_add(1, y[:, None], own[:, None])
     return torch.where((live & (scale != 0))[:, None], grad * scale[:, None], 0)

@@ -21,6 +21,7 @@ from tempnet_kernels.triton.online_softmax import (
 )
 
 ROWS = 6  # fields of a row's result, in the order of the stores in _store_row
+PARTS = tl.constexpr(7)  # of the state of some columns, in that of stats_kernel
 ONE_PASS_COLUMNS = 32768  # 64 fp32 registers a thread at 16 warps
 LANE = tl.constexpr(8)  # columns of a thread's online step: their maximum needs no other thread
 NO_COLUMN = tl.constexpr(2**31 - 1)
@@ -36,6 +37,12 @@ def config(v, extras):
         block = max(16, triton.next_power_of_2(v))
         return one_pass_kernel, block, min(16, max(1, block // 1024))
     return two_pass_kernel, 4096 if extras else 8192, 16
+
+
+def stats_config(v, extras):
+    """(BLOCK, num_warps) of stats_kernel."""
+    block = min(4096 if extras else 8192, max(16, triton.next_power_of_2(v)))
+    return block, min(16, max(1, block // 256))
 
 
 @triton.jit
@@ -139,6 +146,47 @@ def one_pass_kernel(
 
 
 @triton.jit
+def _reduce_row(
+    logits_ptr, v, a, WANT_ARGMAX: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr
+):
+    """(m, s, sx, largest logit, mean of u, its first column) of a row of any length."""
+    LANES: tl.constexpr = BLOCK // LANE
+    tile = tl.arange(0, LANES)[:, None] * LANE + tl.arange(0, LANE)[None, :]  # (LANES, LANE)
+    m = tl.full([LANES], EMPTY, tl.float32)
+    s = tl.zeros([LANES], tl.float32)
+    sx = tl.zeros([LANES], tl.float32)
+    sz = tl.zeros([LANES], tl.float32)  # sum of a (z - z_0), for label smoothing
+    zmax = tl.full([LANES], float("-inf"), tl.float32)
+    first = tl.full([LANES], NO_COLUMN, tl.int32)
+    z_0 = tl.load(logits_ptr).to(tl.float32)
+    z_0 = tl.where(z_0 == float("-inf"), 0.0, z_0)  # -inf - -inf is NaN
+    for start in range(0, v, BLOCK):
+        columns = start + tile
+        inside = columns < v
+        z = tl.load(
+            logits_ptr + columns, mask=inside, other=float("-inf"), eviction_policy="evict_last"
+        ).to(tl.float32)
+        z_lane = tl.max(z, 1)
+        m_new = tl.maximum(m, z_lane * a)
+        u = centred(z, a, m_new[:, None])
+        e = tl.exp2(u)
+        m, s, sx = update(m, s, sx, m_new, tl.sum(e, 1), tl.sum(weighted_exponent(e, u), 1))
+        if SMOOTH:
+            sz += tl.sum(tl.where(inside, z - z_0, 0.0), 1)
+        if WANT_ARGMAX:
+            candidate = tl.min(tl.where(z == z_lane[:, None], columns, NO_COLUMN), 1)
+            first = tl.where(z_lane > zmax, candidate, first)
+        zmax = tl.maximum(zmax, z_lane)
+    m, s, sx = merge_all(m, s, sx)
+    z_row = tl.max(zmax, 0)
+    column = tl.min(tl.where(zmax == z_row, first, NO_COLUMN), 0)
+    mean_u = 0.0
+    if SMOOTH:
+        mean_u = centred(z_0, a, m) + a * tl.sum(sz, 0) / v
+    return m, s, sx, z_row, mean_u, column
+
+
+@triton.jit
 def two_pass_kernel(
     logits_ptr, logits_stride, grad_ptr, grad_stride, target_ptr, target_stride, tau_ptr,
     tau_stride, scale_ptr, scale_stride, loss_ptr, rows_ptr, argmax_ptr, n, v, ignore_index, rho,
@@ -158,46 +206,14 @@ def two_pass_kernel(
     a = LOG2E / tau
     z_y = tl.load(logits_ptr + y).to(tl.float32)
 
-    LANES: tl.constexpr = BLOCK // LANE
-    tile = tl.arange(0, LANES)[:, None] * LANE + tl.arange(0, LANE)[None, :]  # (LANES, LANE)
-    m = tl.full([LANES], EMPTY, tl.float32)
-    s = tl.zeros([LANES], tl.float32)
-    sx = tl.zeros([LANES], tl.float32)
-    sz = tl.zeros([LANES], tl.float32)  # sum of a (z - z_0), for label smoothing
-    zmax = tl.full([LANES], float("-inf"), tl.float32)
-    first = tl.full([LANES], NO_COLUMN, tl.int32)
-    z_0 = tl.load(logits_ptr).to(tl.float32)
-    for start in range(0, v, BLOCK):
-        columns = start + tile
-        inside = columns < v
-        z = tl.load(
-            logits_ptr + columns, mask=inside, other=float("-inf"), eviction_policy="evict_last"
-        ).to(tl.float32)
-        z_lane = tl.max(z, 1)
-        m_new = tl.maximum(m, z_lane * a)
-        u = centred(z, a, m_new[:, None])
-        e = tl.exp2(u)
-        m, s, sx = update(m, s, sx, m_new, tl.sum(e, 1), tl.sum(weighted_exponent(e, u), 1))
-        if SMOOTH:
-            sz += tl.sum(tl.where(inside, z - z_0, 0.0), 1)
-        if WANT_ARGMAX:
-            candidate = tl.min(tl.where(z == z_lane[:, None], columns, NO_COLUMN), 1)
-            first = tl.where(z_lane > zmax, candidate, first)
-        zmax = tl.maximum(zmax, z_lane)
-    m, s, sx = merge_all(m, s, sx)
-    z_lanes = zmax
-    zmax = tl.max(zmax, 0)
-    mean_u = 0.0
-    if SMOOTH:
-        mean_u = centred(z_0, a, m) + a * tl.sum(sz, 0) / v
+    m, s, sx, zmax, mean_u, first = _reduce_row(logits_ptr, v, a, WANT_ARGMAX, SMOOTH, BLOCK)
     loss, grad_tau, log2_s, entropy, log_prob, c = finish(
         m, s, sx, zmax, z_y, mean_u, a, tau, rho, log_v, label_smoothing, z_loss
     )
     _store_row(loss_ptr, rows_ptr, i, n, scale, loss, grad_tau, m, log2_s, entropy, log_prob)
     if WANT_ARGMAX:
-        column = tl.min(tl.where(z_lanes == zmax, first, NO_COLUMN), 0)
         finite = (log2_s - log2_s) == 0
-        tl.store(argmax_ptr + i, tl.where(finite, column, -1).to(tl.int64))
+        tl.store(argmax_ptr + i, tl.where(finite, first, -1).to(tl.int64))
     if WANT_GRAD:
         stored = scale
         if UNSCALED:
@@ -213,16 +229,53 @@ def two_pass_kernel(
 
 
 @triton.jit
+def stats_kernel(
+    logits_ptr, logits_stride, target_ptr, target_stride, tau_ptr, tau_stride, parts_ptr,
+    argmax_ptr, n, v, ignore_index, begin, vocab_size, WANT_ARGMAX: tl.constexpr,
+    SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The state of the columns [begin, begin + v) of vocab_size."""
+    i, y, tau, _, ignored = _begin_row(
+        target_ptr, target_stride, tau_ptr, tau_stride, tau_ptr, tau_stride, vocab_size,
+        ignore_index,
+    )  # fmt: skip
+    parts_ptr += i
+    if ignored | (tau != tau):
+        for field in range(PARTS):
+            tl.store(parts_ptr + field * n, float("nan"))
+        if WANT_ARGMAX:
+            tl.store(argmax_ptr + i, -1)
+        return
+    logits_ptr += i * logits_stride
+    a = LOG2E / tau
+    y -= begin
+    z_y = tl.load(logits_ptr + y, mask=(y >= 0) & (y < v), other=float("-inf")).to(tl.float32)
+    m, s, sx, zmax, mean_u, first = _reduce_row(logits_ptr, v, a, WANT_ARGMAX, SMOOTH, BLOCK)
+    tl.store(parts_ptr, zmax)
+    tl.store(parts_ptr + n, m)
+    tl.store(parts_ptr + 2 * n, centred(zmax, a, m))
+    tl.store(parts_ptr + 3 * n, s)
+    tl.store(parts_ptr + 4 * n, sx)
+    tl.store(parts_ptr + 5 * n, z_y)
+    tl.store(parts_ptr + 6 * n, mean_u)
+    if WANT_ARGMAX:
+        tl.store(argmax_ptr + i, begin + first.to(tl.int64))
+
+
+@triton.jit
 def bwd_kernel(
-    logits_ptr, logits_stride, grad_ptr, target_ptr, target_stride, tau_ptr, tau_stride, scale_ptr,
-    scale_stride, rows_ptr, n, v, ignore_index, label_smoothing, z_loss, BLOCK: tl.constexpr,
+    logits_ptr, logits_stride, grad_ptr, grad_stride, target_ptr, target_stride, tau_ptr,
+    tau_stride, scale_ptr, scale_stride, rows_ptr, n, v, ignore_index, label_smoothing, z_loss,
+    begin, vocab_size, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i, y, tau, scale, ignored = _begin_row(
-        target_ptr, target_stride, tau_ptr, tau_stride, scale_ptr, scale_stride, v, ignore_index
-    )
-    grad_ptr += i * v
+        target_ptr, target_stride, tau_ptr, tau_stride, scale_ptr, scale_stride, vocab_size,
+        ignore_index,
+    )  # fmt: skip
+    grad_ptr += i * grad_stride
     logits_ptr += i * logits_stride
-    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    start = tl.program_id(1) * BLOCK
+    columns = start + tl.arange(0, BLOCK)
     inside = columns < v
     if ignored:
         tl.store(grad_ptr + columns, tl.zeros([BLOCK], grad_ptr.dtype.element_ty), mask=inside)
@@ -232,9 +285,15 @@ def bwd_kernel(
     a = LOG2E / tau
     c = 1 + 2 * z_loss * LN2 * (m + log2_s) / tau
     z = tl.load(logits_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    z_y = tl.load(logits_ptr + y).to(tl.float32)
+    y -= begin
+    # Only of this program's columns: in place, another one overwrites the others.
+    own = (y >= start) & (y < start + BLOCK) & (y < v)
+    z_y = tl.load(logits_ptr + y, mask=own, other=0.0).to(tl.float32)
     e = tl.exp2(centred(z, a, m))
-    grad = _gradient(e, columns, y, z_y, a, m, tl.exp2(-log2_s), c, scale, v, label_smoothing)
+    grad = _gradient(
+        e, columns, y, z_y, a, m, tl.exp2(-log2_s), c, scale, vocab_size, label_smoothing
+    )
+    tl.debug_barrier()  # in place: the target's logit is read by every thread before any store
     tl.store(grad_ptr + columns, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
@@ -298,17 +357,46 @@ def dro_cross_entropy_fwd_(
     )
 
 
-def dro_cross_entropy_bwd(logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss):
+def dro_cross_entropy_stats(
+    logits, target, tau, ignore_index, begin, vocab_size, want_mean, want_argmax
+):
     n, v = logits.shape
-    grad = logits.new_empty((n, v))
+    parts = tau.new_empty(PARTS.value, n)
+    argmax = torch.empty(n if want_argmax else 0, dtype=torch.int64, device=logits.device)
+    block, num_warps = stats_config(v, want_argmax or want_mean)
+    if n:
+        with device_of(logits):
+            stats_kernel[(n,)](
+                logits, logits.stride(0), target, target.stride(0), tau, tau.stride(0), parts,
+                argmax, n, v, ignore_index, begin, vocab_size, WANT_ARGMAX=want_argmax,
+                SMOOTH=want_mean, BLOCK=block, num_warps=num_warps, num_stages=1,
+            )  # fmt: skip
+    return parts, argmax
+
+
+def dro_cross_entropy_bwd(logits, *args):
+    grad = logits.new_empty(logits.shape)
+    _backward(logits, grad, *args)
+    return grad
+
+
+def dro_cross_entropy_bwd_(logits, *args):
+    _backward(logits, logits, *args)
+
+
+def _backward(
+    logits, grad, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin,
+    vocab_size,
+):  # fmt: skip
+    n, v = logits.shape
+    check_target(target, vocab_size, ignore_index)
     if n:
         with device_of(logits):
             bwd_kernel[(n, triton.cdiv(v, ELEMENTWISE_BLOCK))](
-                logits, logits.stride(0), grad, target, target.stride(0), tau, tau.stride(0),
-                scale, scale.stride(0), rows, n, v, ignore_index, label_smoothing, z_loss,
-                BLOCK=ELEMENTWISE_BLOCK, num_warps=8,
+                logits, logits.stride(0), grad, grad.stride(0), target, target.stride(0), tau,
+                tau.stride(0), scale, scale.stride(0), rows, n, v, ignore_index, label_smoothing,
+                z_loss, begin, vocab_size, BLOCK=ELEMENTWISE_BLOCK, num_warps=8,
             )  # fmt: skip
-    return grad
 
 
 def scale_rows_(grad, scale):

@@ -40,7 +40,9 @@ Params params_from(const py::dict& d) {
   p.rows = pointer<float>(d, "rows");
   p.argmax = pointer<int64_t>(d, "argmax");
   p.ignore_index = d["ignore_index"].cast<int64_t>();
-  p.options = {d["rho"].cast<float>(), float(std::log(double(p.v))),
+  p.begin = d["begin"].cast<int64_t>();
+  p.vocab_size = d["vocab_size"].cast<int64_t>();
+  p.options = {d["rho"].cast<float>(), float(std::log(double(p.vocab_size))),
                d["label_smoothing"].cast<float>(), d["z_loss"].cast<float>()};
   p.unscaled = d["unscaled"].cast<bool>();
   p.parts = pointer<Partial>(d, "parts");
@@ -70,6 +72,22 @@ py::dict plan_dict(const Plan& plan) {
   d["vectors"] = plan.vectors;
   d["slice"] = plan.slice;
   return d;
+}
+
+void stats(const std::string& dtype, const py::dict& d, bool want_mean, int multiprocessors) {
+  Params p = params_from(d);
+  p.stats = pointer<float>(d, "stats");
+  for_dtype(dtype, [&](auto zero) {
+    using Z = decltype(zero);
+    plan_stats(p, sizeof(Z), multiprocessors);
+    Partial nowhere;
+    nowhere.zmax = nowhere.s = nowhere.sx = nowhere.z_y = std::numeric_limits<float>::quiet_NaN();
+    std::vector<Partial> parts(p.n * p.slices, nowhere);
+    std::vector<Extras> extras(p.n * p.slices);
+    p.parts = parts.data();
+    p.extras = extras.data();
+    launch_stats<Z>(p, want_mean, 0);
+  });
 }
 
 contrastive::Tile tile_from(const py::dict& d) {
@@ -150,6 +168,7 @@ PYBIND11_MODULE(cuda_emulator, module) {
     for_dtype(dtype,
               [&](auto zero) { device::launch_backward<decltype(zero)>(params_from(params), 0); });
   });
+  module.def("stats", &stats);
   module.def("scale", [](const std::string& dtype, const py::dict& params) {
     for_dtype(dtype,
               [&](auto zero) { device::launch_scale<decltype(zero)>(params_from(params), 1, 0); });

@@ -1,0 +1,526 @@
+"""The token loss whose columns several gloo processes share against one process and the
+definition."""
+
+import copy
+import math
+import os
+from unittest import mock
+
+import compare
+import emulated
+import pytest
+import torch
+from processes import error_of
+
+from tempnet_kernels import TokenStats, _ranks, _register, _vocabulary, dro_cross_entropy
+from tempnet_kernels.nn import DROCrossEntropyLoss, TempNet, TempNetCrossEntropyLoss
+
+# On CPU tensors, where Triton runs in its interpreter only.
+BACKENDS = ["reference", "native"] + ["triton"] * (os.environ.get("TRITON_INTERPRET") == "1")
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+RHO = 0.7
+INF = math.inf
+
+
+def make(n=7, v=44, dtype=torch.float32, spread=3.0):
+    """(logits, target, tau, row_weight): the targets are on all of four ranks, and one is
+    ignored."""
+    logits = (torch.randn(n, v) * spread).to(dtype)
+    target = torch.arange(n) * v // n
+    if n > 2:
+        target[1] = -100
+    acc = torch.float64 if dtype == torch.float64 else torch.float32
+    return logits, target, torch.rand(n, dtype=acc) + 0.5, torch.rand(n, dtype=acc) + 0.2
+
+
+def own_columns(x, group):
+    return x.chunk(group.size(), -1)[group.rank()]
+
+
+# What runs in the processes: functions of the group.
+
+
+def visit(group, logits, target, tau, weight, options, padded=False):
+    """(loss, gradients of the rank's logits, tau and row_weight, statistics)"""
+    own = own_columns(logits, group)
+    leaf = torch.full((*own.shape[:-1], own.shape[-1] + 3 * padded), math.nan, dtype=own.dtype)
+    leaf[..., : own.shape[-1]] = own
+    leaf.requires_grad_()
+    t, w = (None if x is None else x.clone().requires_grad_() for x in (tau, weight))
+    used = leaf * 1 if options.get("overwrite_logits") else leaf
+    loss, stats = dro_cross_entropy(
+        used[..., : own.shape[-1]], target, t, RHO, row_weight=w, return_stats=True,
+        process_group=group, **options,
+    )  # fmt: skip
+    loss.backward(torch.ones_like(loss))
+    grad, rest = leaf.grad.split([own.shape[-1], 3 * padded], -1)
+    assert (rest == 0).all()
+    return loss.detach(), grad, t.grad, None if w is None else w.grad, tuple(stats)
+
+
+def expected(logits, target, tau, weight, dtype, reduction="mean", normalizer=None, **formula):
+    """The same of the definition in ``dtype``, rounded to the types of the inputs."""
+    # autograd has no derivative of -inf / tau; the weight of -1e4 is 0 too.
+    z, t = (x.detach().to(dtype).requires_grad_() for x in (logits.clamp(min=-1e4), tau))
+    w = torch.ones_like(tau) if weight is None else weight
+    w = w.detach().to(dtype).requires_grad_()
+    rows = compare.definition(z, target, t, RHO, **formula)
+    live = (target != -100).to(dtype)
+    loss = rows * w * live
+    if reduction != "none":
+        loss = loss.sum()
+    if reduction == "mean":
+        loss = loss / ((w * live).sum() if normalizer is None else normalizer)
+    grads = torch.autograd.grad(loss.sum(), (z, t, w))
+    if dtype == torch.float64:
+        return loss.detach(), *grads
+    return loss.detach(), *(g.to(x.dtype) for g, x in zip(grads, (logits, tau, tau), strict=True))
+
+
+def check(gloo, world_size, tensors, padded=False, **options):
+    logits, target, tau, _ = tensors
+    results = gloo.run(world_size, visit, *tensors, options, padded)
+    formula = {
+        k: v for k, v in options.items() if k not in ("backend", "overwrite_logits")
+    }  # fmt: skip
+    exact = expected(*tensors, torch.float64, **formula)
+    plain = expected(*tensors, torch.float32, **formula)
+    for other in results[1:]:
+        for i in (0, 2, 3):
+            assert other[i] is None or torch.equal(other[i], results[0][i]), "equal on every rank"
+        torch.testing.assert_close(other[4], results[0][4], rtol=0, atol=0, equal_nan=True)
+    loss, _, *grads, stats = results[0]
+    got = loss, torch.cat([result[1] for result in results], -1), *grads
+    names = ("loss", "grad_logits", "grad_tau", "grad_row_weight")
+    for name, g, e, p in zip(names, got, exact, plain, strict=True):
+        if g is not None:
+            compare.assert_within_twice_plain(g, e, p, name)
+    stats, live = TokenStats(*stats), target != -100
+    lse, entropy, kl = compare.statistics(logits, tau)
+    log_p = torch.log_softmax(logits.double() / tau.double()[..., None], -1)
+    log_prob = log_p.gather(-1, target.clamp(min=0)[..., None])[..., 0]
+    for name, e in {"lse": lse, "log_prob": log_prob}.items():
+        torch.testing.assert_close(
+            getattr(stats, name)[live].double(), e[live], rtol=2e-6, atol=2e-6
+        )  # fmt: skip
+    for name, e in {"entropy": entropy, "kl": kl}.items():
+        compare.assert_entropy_accurate(
+            getattr(stats, name)[live], e[live], logits.shape[-1], name
+        )  # fmt: skip
+    assert torch.equal(stats.argmax, torch.where(live, logits.float().argmax(-1), -1))
+    assert all(s[~live].isnan().all() for s in stats if s.is_floating_point())
+    return got, stats
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ranks_are_one_process_with_all_columns(gloo, backend, world_size, dtype, reduction):
+    tensors = make(dtype=dtype)
+    p = torch.softmax(tensors[0].double() / tensors[2].double()[:, None], 1)
+    assert ((p > 0.01) & (p < 0.99)).any(), "a trivial softmax would prove nothing"
+    check(gloo, world_size, tensors, backend=backend, reduction=reduction)
+    tensors = *make(dtype=dtype)[:3], None
+    check(
+        gloo, world_size, tensors, backend=backend, reduction=reduction, label_smoothing=0.2,
+        z_loss=1e-2,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_gradient_in_place_of_the_logits(gloo, backend, dtype):
+    """Also: rows longer than the columns, and a normalizer."""
+    tensors = make(dtype=dtype)
+    options = {"backend": backend, "overwrite_logits": True}
+    check(gloo, 2, tensors, padded=True, **options, z_loss=1e-2, label_smoothing=0.1)
+    check(gloo, 4, tensors, padded=True, **options, normalizer=3.0)
+    check(gloo, 4, tensors, **options, reduction="sum")
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_float64_is_as_close_as_one_process(gloo, backend, overwrite):
+    tensors = make(dtype=torch.float64)
+    formula = {"label_smoothing": 0.1, "z_loss": 1e-3}
+    options = formula | {"backend": backend, "overwrite_logits": overwrite}
+    exact = expected(*tensors, torch.float64, **formula)
+    (one,) = gloo.run(1, visit, *tensors, options)
+    results = gloo.run(4, visit, *tensors, options)
+    got = results[0][0], torch.cat([r[1] for r in results], 1), *results[0][2:4]
+    for g, e, p in zip(got, exact, one, strict=False):
+        assert g.dtype == torch.float64
+        compare.assert_within_twice_plain(g, e, p)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_of_several_dimensions_and_blocks(gloo, backend):
+    logits, target, tau, weight = make(6, 4 * 4500, torch.bfloat16)
+    shape = (2, 3)
+    tensors = logits.view(2, 3, -1), *(x.view(shape) for x in (target, tau, weight))
+    check(gloo, 4, tensors, backend=backend, reduction="none", label_smoothing=0.1)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_offset_logits_and_small_temperatures_keep_their_digits(gloo, backend):
+    """The maximum is relative to what each rank has: a merge that cancels would show."""
+    logits, target, tau, weight = make(5, 2000, spread=1.0)
+    tau = tau / 100
+    check(gloo, 4, (logits + 200, target, tau, weight), backend=backend)
+
+
+def scaled_fp16(group, logits, target, scale):
+    leaf = own_columns(logits, group).clone().requires_grad_()
+    loss = dro_cross_entropy(
+        leaf * 1, target, normalizer=2.0**20, overwrite_logits=True, process_group=group
+    )
+    (loss * scale).backward()
+    return leaf.grad
+
+
+def test_fp16_gradients_survive_a_normalizer_that_underflows(gloo):
+    """A loss scale brings them back, as without a group."""
+    logits, target, *_ = make(dtype=torch.float16)
+    got = torch.cat(gloo.run(2, scaled_fp16, logits, target, 2.0**20), 1)
+    whole = logits.clone().requires_grad_()
+    (dro_cross_entropy(whole, target, normalizer=2.0**20) * 2.0**20).backward()
+    assert whole.grad.abs().max() > 0.1
+    torch.testing.assert_close(got, whole.grad, rtol=2e-3, atol=2e-3)
+
+
+# What goes over the wire.
+
+
+def exchanged(group, dtype, return_stats, reduction):
+    """Bytes of each collective of a step, by rank."""
+    sizes, own = [], _ranks._all_gather
+
+    def count(gathered, x, group):
+        sizes.append(x.numel() * x.element_size())
+        return own(gathered, x, group=group)
+
+    logits, target, *_ = make(100, 64, dtype)
+    leaf = own_columns(logits, group).clone().requires_grad_()
+    with mock.patch.object(_ranks, "_all_gather", count):
+        out = dro_cross_entropy(
+            leaf, target, return_stats=return_stats, reduction=reduction, process_group=group
+        )
+        (out[0] if return_stats else out).sum().backward()
+    return sizes
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64], ids=str)
+def test_one_collective_of_some_bytes_per_row(gloo, dtype, reduction):
+    size = 8 if dtype == torch.float64 else 4
+    for stats, words in ((False, 7), (True, 8)):
+        for sizes in gloo.run(2, exchanged, dtype, stats, reduction):
+            assert sizes == [(100 * words + 1) * size]
+
+
+# Odd input.
+
+
+def odd(group, logits, target, tau, options):
+    loss, *rest = visit(group, logits, target, tau, None, options | {"reduction": "none"})
+    return loss, *rest
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_columns_of_a_rank_that_are_all_minus_inf(gloo, backend):
+    tensors = make()
+    logits = tensors[0]
+    logits[0, 11:] = -INF  # of every rank but one
+    logits[3, 22:33] = -INF  # that of the third
+    tensors[1][3] = 5
+    got, _ = check(gloo, 4, tensors, backend=backend)
+    assert (got[1][logits == -INF] == 0).all()
+    logits[4] = -INF
+    results = gloo.run(4, odd, *tensors[:3], {"backend": backend})
+    for loss, _, grad_tau, _, stats in results:
+        assert loss.isnan().tolist() == [i == 4 for i in range(7)]
+        assert grad_tau.isnan().tolist() == [i == 4 for i in range(7)]
+        assert stats[-1][4] == -1 and (stats[-1][[0, 2, 3, 5, 6]] >= 0).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_minus_inf_target_or_smoothed_column_gives_inf_loss(gloo, backend):
+    logits, target, tau, _ = make()
+    logits[0, target[0]] = -INF
+    logits[2, 0] = -INF  # the first column of a rank
+    smoothing = {"backend": backend, "label_smoothing": 0.1}
+    for options, bad in (({"backend": backend}, [0]), (smoothing, [0, 2])):
+        for loss, grad, *_ in gloo.run(2, odd, logits, target, tau, options):
+            assert (loss == INF).nonzero().flatten().tolist() == bad
+            assert loss.isfinite().sum() == 7 - len(bad) and grad.isfinite().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, INF])
+@pytest.mark.parametrize("column", [0, 21, 43])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nan_or_inf_on_one_rank_reaches_its_row_on_all(gloo, backend, column, value):
+    logits, target, tau, _ = make()
+    clean = gloo.run(4, odd, logits, target, tau, {"backend": backend})
+    logits[3, column] = value
+    results = gloo.run(4, odd, logits, target, tau, {"backend": backend})
+    others = [0, 1, 2, 4, 5, 6]
+    for got, before in zip(results, clean, strict=True):
+        loss, grad, grad_tau, _, stats = got
+        assert loss[3].isnan() and grad_tau[3].isnan() and grad[3].isnan().any()
+        assert stats[0][3].isnan() and stats[-1][3] == -1
+        for g, b in zip((loss, grad, grad_tau), before, strict=False):
+            assert torch.equal(g[others], b[others])
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_ignored_rows_are_not_read_and_weight_zero_is_zero(gloo, backend, overwrite):
+    logits, target, tau, weight = make()
+    logits[1], tau[1], weight[1] = math.nan, -1.0, math.nan
+    logits[4, 30], weight[4] = math.nan, 0.0
+    options = {"backend": backend, "overwrite_logits": overwrite, "reduction": "sum"}
+    for loss, grad, grad_tau, _, stats in gloo.run(2, visit, logits, target, tau, weight, options):
+        assert loss.isfinite() and grad.isfinite().all() and grad_tau.isfinite().all()
+        assert (grad[[1, 4]] == 0).all() and (grad_tau[[1, 4]] == 0).all()
+        assert (grad[[0, 2, 3, 5, 6]] != 0).any(1).all()
+        assert stats[-1][1] == -1 and stats[0][1].isnan()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_every_row_ignored_or_no_rows(gloo, backend):
+    logits, _, tau, _ = make(3)
+    for rows in (3, 0):
+        task = logits[:rows], torch.full((rows,), -100), tau[:rows], None, {"backend": backend}
+        for loss, grad, grad_tau, *_ in gloo.run(2, visit, *task):
+            assert loss.isnan() and (grad == 0).all() and (grad_tau == 0).all()
+            assert grad.shape == (rows, 22)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_temperature(gloo, backend):
+    logits, target, tau, _ = make()
+    tau[2], tau[3] = 0.0, math.nan
+    for loss, grad, grad_tau, _, stats in gloo.run(
+        2, odd, logits, target, tau, {"backend": backend}
+    ):
+        bad = [i in (2, 3) for i in range(7)]
+        assert loss.isnan().tolist() == bad and grad_tau.isnan().tolist() == bad
+        assert grad.isnan().all(1).tolist() == bad and stats[-1][2] == -1
+
+
+# What goes wrong.
+
+
+def raises(group, columns, target, options):
+    """The error of the rank, and whether its logits are as they were."""
+    logits = torch.ones(target.shape[0], columns[group.rank()]).requires_grad_() * 1
+    before = logits.detach().clone()
+    message = error_of(
+        group,
+        lambda _: dro_cross_entropy(logits, target, 1.0, process_group=group, **options),
+    )
+    return message, torch.equal(logits, before)
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("bad", [-1, 40, 2**40])
+def test_bad_target_raises_on_every_rank(gloo, bad, backend, overwrite):
+    target = torch.tensor([0, -100, 39, bad, bad])
+    options = {"backend": backend, "overwrite_logits": overwrite}
+    for error, untouched in gloo.run(4, raises, (10,) * 4, target, options):
+        assert error == (
+            "IndexError: dro_cross_entropy: target[3] must be in [0, 40) or ignore_index=-100, "
+            f"got {bad}"
+        )
+        assert untouched, "nothing is written before the check"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_unlike_numbers_of_columns_raise_on_every_rank(gloo, backend):
+    for n in (3, 0):
+        target = torch.zeros(n, dtype=torch.int64)
+        for error, _ in gloo.run(4, raises, (10, 10, 9, 10), target, {"backend": backend}):
+            assert error == (
+                "ValueError: dro_cross_entropy: logits must have as many columns on every rank of "
+                "process_group, got [10, 10, 9, 10] by rank"
+            )
+
+
+def test_unlike_numbers_of_columns_make_nan_where_nothing_waits_for_the_device(monkeypatch):
+    """As on a GPU: the check that raises is left out."""
+    monkeypatch.setattr(_vocabulary, "_check_widths", lambda widths: None)
+
+    def other_rank_has_one_less(parts, argmax, v, group):
+        return torch.stack([parts] * 2), torch.stack([argmax] * 2), torch.tensor([v, v - 1])
+
+    monkeypatch.setattr(_vocabulary, "_exchange", other_rank_has_one_less)
+    logits, target, tau, weight = make()
+    group = mock.Mock(**{"rank.return_value": 0, "size.return_value": 2})
+    loss, rows, argmax = _vocabulary.sharded_fwd(
+        "native", logits, target, tau, weight, RHO, -100, 0.0, 0.0, group, True
+    )
+    live = target != -100
+    assert loss[live].isnan().all() and rows[:2, live].isnan().all() and (argmax == -1).all()
+
+
+def test_what_is_no_group_says_what_was_expected():
+    logits, target, *_ = make()
+    with pytest.raises(
+        TypeError, match=r"dro_cross_entropy: process_group must be a torch.dis.* got str"
+    ):
+        dro_cross_entropy(logits, target, process_group="world")
+    with pytest.raises(TypeError, match="got int"):
+        DROCrossEntropyLoss(process_group=-100)(logits, target)  # of a non-member
+    with pytest.raises(ValueError, match="TempNetCrossEntropyLoss: process_group must be None"):
+        TempNetCrossEntropyLoss(TempNet(44), 1.0, process_group=-100)
+
+
+def second_use(group):
+    logits, target, *_ = make()
+    leaf = own_columns(logits, group).clone().requires_grad_()
+    errors = []
+    loss = dro_cross_entropy(leaf, target, process_group=group)
+    errors.append(error_of(group, lambda _: torch.autograd.grad(loss, leaf, create_graph=True)))
+    wide = leaf * 1
+    loss = dro_cross_entropy(wide, target, overwrite_logits=True, process_group=group)
+    errors.append(error_of(group, lambda _: (loss + wide.sum()).backward()))
+    loss = dro_cross_entropy(leaf * 1, target, overwrite_logits=True, process_group=group)
+    loss.backward(retain_graph=True)
+    errors.append(error_of(group, lambda _: loss.backward()))
+    return errors
+
+
+def test_second_derivative_stale_use_and_second_backward_raise(gloo):
+    for double, stale, second in gloo.run(2, second_use):
+        assert "there is no second derivative" in double
+        assert "the logits were used after overwrite_logits=True" in stale
+        assert "modified by an inplace operation" in second
+
+
+# The module, and compilation.
+
+
+def module(group, logits, target, tau):
+    loss_fn = DROCrossEntropyLoss(RHO, reduction="sum", process_group=group)
+    twin = copy.deepcopy(loss_fn)
+    assert twin.process_group is group and twin.options is not loss_fn.options
+    assert not loss_fn.state_dict() and "process_group" not in repr(loss_fn)
+    return twin(own_columns(logits, group), target, tau)
+
+
+def test_the_module_passes_its_group_on(gloo):
+    logits, target, tau, _ = make()
+    whole = DROCrossEntropyLoss(RHO, reduction="sum")(logits, target, tau)
+    for loss in gloo.run(2, module, logits, target, tau):
+        torch.testing.assert_close(loss, whole)
+
+
+def compiled(group, logits, target, tau, fullgraph):
+    torch.compiler.reset()
+    results = []
+    for overwrite in (False, True):
+
+        def call(z, t, overwrite=overwrite):
+            return 2 * dro_cross_entropy(
+                z * 1.0, target, t, RHO, overwrite_logits=overwrite, process_group=group
+            )
+
+        for f in (call, torch.compile(call, fullgraph=fullgraph, backend="aot_eager")):
+            leaf, t = own_columns(logits, group).clone().requires_grad_(), tau.clone()
+            loss = f(leaf, t.requires_grad_())
+            loss.backward()
+            results.append((loss.detach(), leaf.grad, t.grad))
+    return results
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_compiled_whole_in_a_group_of_one_and_with_a_break_in_a_larger(gloo, world_size):
+    results = gloo.run(world_size, compiled, *make()[:3], world_size == 1)
+    for plain, traced, in_place, traced_in_place in results:
+        for pair in ((plain, traced), (in_place, traced_in_place), (plain, in_place)):
+            torch.testing.assert_close(*pair, rtol=1e-6, atol=1e-7)
+
+
+# The operators, in one process.
+
+
+@pytest.fixture(scope="module")
+def emulator():
+    return emulated.load()
+
+
+@pytest.fixture(params=[*BACKENDS, "emulated"])
+def op(request):
+    """name -> operator of the backend. "emulated": the CUDA kernels."""
+    if request.param == "emulated":
+        operators = emulated.Operators(request.getfixturevalue("emulator"))
+        return lambda name: operators(name, "native")
+    return lambda name: _register.operator(name, request.param)
+
+
+@pytest.mark.parametrize("label_smoothing, want_argmax", [(0.0, False), (0.0, True), (0.1, True)])
+@pytest.mark.parametrize("v", [4, 132, 36004])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_merged_parts_are_the_fused_result(op, dtype, v, label_smoothing, want_argmax):
+    """And the gradient of a part is the part of the gradient, in place and not, at any alignment,
+    for int32 targets."""
+    logits, target, tau, scale = make(5, v, dtype)
+    options = -100, label_smoothing, 1e-2
+    fused = _register.operator("dro_cross_entropy_fwd", "reference")
+    plain = fused(logits.float(), target, tau, scale, RHO, *options, True, want_argmax)
+    exact = fused(
+        logits.double(), target, tau.double(), scale.double(), RHO, *options, True, want_argmax
+    )
+    for world_size in (1, 2, 4):
+        width = v // world_size
+        columns = [(begin, v) for begin in range(0, v, width)]
+        shards = [logits[:, b : b + width] for b, _ in columns]
+        parts = [
+            op("dro_cross_entropy_stats")(
+                z, target.int(), tau, -100, *place, label_smoothing > 0, want_argmax
+            )
+            for z, place in zip(shards, columns, strict=True)
+        ]
+        loss, rows, argmax = _vocabulary.merged(
+            *map(torch.stack, zip(*parts, strict=True)), target, tau, scale, RHO, *options, v
+        )
+        got, want, close = ((x[1], *lse_first(x[2])) for x in ((0, loss, rows), exact, plain))
+        for g, e, p in zip(got, want, close, strict=True):
+            compare.assert_within_twice_plain(g, e, p)
+        assert torch.equal(argmax, exact[3])
+        args = target.int(), tau, scale, rows, *options
+        grads = [
+            op("dro_cross_entropy_bwd")(z, *args, *place)
+            for z, place in zip(shards, columns, strict=True)
+        ]
+        rounded = plain[0].to(dtype)
+        compare.assert_within_twice_plain(torch.cat(grads, 1), exact[0], rounded, "grad_logits")
+        for z, place, grad in zip(shards, columns, grads, strict=True):
+            wide = torch.full((5, width + 9), math.nan, dtype=dtype)
+            wide[:, 1:-8] = z
+            op("dro_cross_entropy_bwd_")(wide[:, 1:-8], *args, *place)
+            assert torch.equal(wide[:, 1:-8], grad)
+            assert wide[:, 0].isnan().all() and wide[:, -8:].isnan().all()
+
+
+def lse_first(rows):
+    """The statistics of the rows that are not ignored, with the base-2 state as one number."""
+    loss, grad_tau, m, log2_s, entropy, log_prob = rows[:, [0, 2, 3, 4]]
+    return loss, grad_tau, (m.double() + log2_s.double()).to(m.dtype), entropy, log_prob
+
+
+def test_targets_of_parts_on_a_gpu_are_nan_where_they_are_of_none(emulator):
+    """No out-of-bounds read: the emulator would see it."""
+    operators = emulated.Operators(emulator)
+    logits, target, tau, scale = make(5, 40)
+    target[2], target[3] = 80, 2**40
+    parts, argmax = operators.dro_cross_entropy_stats(logits, target, tau, -100, 40, 80, True, True)
+    assert parts.isnan().all(0).tolist() == [False, True, True, True, False]
+    assert argmax.tolist()[1:4] == [-1] * 3 and (argmax[[0, 4]] >= 40).all()
+    assert (parts[_vocabulary.Z_Y, [0, 4]] == -INF).all()  # their columns are the other rank's
+    grad = operators.dro_cross_entropy_bwd(
+        logits, target, tau, scale, torch.zeros(6, 5), -100, 0.0, 0.0, 40, 80
+    )
+    assert (grad[1] == 0).all() and grad[2:4].isnan().all() and grad[[0, 4]].isfinite().all()
