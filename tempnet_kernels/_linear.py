@@ -1,11 +1,14 @@
 """Linear layer, TempNet and token loss a chunk of rows at a time: matrix products by the platform,
-the rest by the backend's kernels, never an N x V matrix."""
+the rest by the backend's kernels, never an N x V matrix. With a group, weight, bias and W1 are this
+rank's columns of the logits, and all else is the same on every rank."""
 
 import torch
 
 from tempnet_kernels import _register, _tempnet
 from tempnet_kernels._checks import check_target
 from tempnet_kernels._products import add_product, multiply, unit_of, wide_operand
+from tempnet_kernels._ranks import all_gather, all_sum_
+from tempnet_kernels._vocabulary import columns_of, sharded_fwd, sharded_fwd_
 from tempnet_kernels.dro_cross_entropy import GRAD_TAU, LOSS, ROWS, accumulation_dtype
 
 # Bytes of the columns of W1 and rows of the head that are multiplied at a time, in the dtype of the
@@ -25,11 +28,11 @@ class _TempNetOfChunks:
     W1.
     """
 
-    def __init__(self, backend, tensors, bounds, center, fold, hidden, weight, bias, wants, acc):
+    def __init__(self, backend, tensors, bounds, center, fold, weight, bias, wants, acc, group):
         self.backend, self.bounds, self.center, self.fold = backend, bounds, center, fold
         self.w1, *rest = tensors  # (H, V)
         self.head = _tempnet.Head(*(p.to(acc) for p in rest))
-        self.weight, self.bias, self.acc = weight, bias, acc
+        self.weight, self.bias, self.acc, self.group = weight, bias, acc, group
         self.want_w1 = wants[0]
         h, v, d = *self.w1.shape, weight.shape[1]
         self.grad_head = [p.new_zeros(p.shape) for p in self.head]
@@ -49,6 +52,9 @@ class _TempNetOfChunks:
                     self.of_ones = _plus(self.of_ones, ones.sum(1))
                 if bias is not None:
                     self.of_bias = _plus(self.of_bias, ones @ self._bias(b))
+            for x in (folded, self.of_ones, self.of_bias):
+                if x is not None:
+                    all_sum_(x, group)
             self.folded = folded.to(self.dtype)  # (H, D)
             if self.want_w1:
                 self.grad_folded = torch.zeros_like(folded)
@@ -69,8 +75,10 @@ class _TempNetOfChunks:
     def temperatures(self, hidden, logits, keep):
         """``[n]``, of the rows hidden ``[n, D]`` with logits ``[n, V]``."""
         moments = _op("row_moments", self.backend)(logits, self.center)
-        self.shift = moments[SHIFT]  # (n,)
-        self.inverse = moments[SQUARES].sqrt().clamp_min(_tempnet.NORM_MIN).reciprocal()
+        self.shift, squares = moments[SHIFT], moments[SQUARES]  # (n,) each
+        if self.group is not None:
+            self.shift, squares = _tempnet.merged_moments(all_gather(moments, self.group))
+        self.inverse = squares.sqrt().clamp_min(_tempnet.NORM_MIN).reciprocal()
         self.keep = keep
         if self.fold:
             self.input, weight = hidden.to(self.dtype), self.folded  # (n, D), (H, D)
@@ -82,7 +90,9 @@ class _TempNetOfChunks:
             self.input, weight = x.to(self.dtype), self.w1.to(self.dtype)  # (n, V), (H, V)
         pre = hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=self.acc)  # (n, H)
         multiply(self.input, weight.T, pre)
-        if self.fold:
+        if not self.fold:
+            all_sum_(pre, self.group)
+        else:
             if self.of_bias is not None:
                 pre += self.of_bias
             if self.center:
@@ -134,11 +144,11 @@ def _plus(total, x):
 def linear_dro_cross_entropy_fwd(
     backend, hidden, weight, bias, target, tau, scale, tempnet, keep, rho, ignore_index,
     label_smoothing, z_loss, softcap, tau_min, tau_max, center, fold, chunk_rows, drop_ignored,
-    wants, want_argmax,
+    wants, want_argmax, group=None,
 ):  # fmt: skip
     (n, d), v = hidden.shape, weight.shape[0]
     acc = accumulation_dtype(hidden.dtype)
-    check_target(target, v, ignore_index, "linear_dro_cross_entropy")
+    check_target(target, columns_of(v, group)[1], ignore_index, "linear_dro_cross_entropy")
     want_hidden, want_weight, want_bias, *want_tempnet = wants
     want_grad = want_hidden or want_weight or want_bias
     numbers = (rho, ignore_index, label_smoothing, z_loss)
@@ -154,7 +164,7 @@ def linear_dro_cross_entropy_fwd(
     if tempnet:
         bounds = (tau_min, tau_max)
         net = _TempNetOfChunks(
-            backend, tempnet, bounds, center, fold, hidden, weight, bias, want_tempnet, acc
+            backend, tempnet, bounds, center, fold, weight, bias, want_tempnet, acc, group
         )
     ratio = scale / unit_of(scale) if hidden.dtype == torch.float16 else None
 
@@ -184,12 +194,21 @@ def linear_dro_cross_entropy_fwd(
         t = tau[r] if net is None else net.temperatures(h, z, None if keep is None else keep[r])
 
         if want_grad:
-            fwd_ = _op("dro_cross_entropy_fwd_", backend)
-            row_loss, row, row_argmax = fwd_(z, y, t, s, *numbers, want_argmax)
+            if group is None:
+                fwd_ = _op("dro_cross_entropy_fwd_", backend)
+                row_loss, row, row_argmax = fwd_(z, y, t, s, *numbers, want_argmax)
+            else:
+                row_loss, row, row_argmax = sharded_fwd_(
+                    backend, z, y, t, s, *numbers, group, want_argmax
+                )
             if ratio is not None:  # float16: c p - q, not scaled
                 _op("scale_rows_", backend)(z, ratio[r])
             if softcap:
                 torch.ops.aten.tanh_backward(z, capped, grad_input=z)
+        elif group is not None:
+            row_loss, row, row_argmax = sharded_fwd(
+                backend, z, y, t, s, *numbers, group, want_argmax
+            )
         else:
             fwd = _op("dro_cross_entropy_fwd", backend)
             _, row_loss, row, row_argmax = fwd(z, y, t, s, *numbers, False, want_argmax)
@@ -207,6 +226,8 @@ def linear_dro_cross_entropy_fwd(
         if any(want_tempnet):
             net.backward(row[GRAD_TAU])
 
+    if want_hidden:
+        all_sum_(grad_hidden, group)
     if live is not None:
         taus.masked_fill_(~live, torch.nan)
     grads_tempnet = net.gradients() if any(want_tempnet) else []

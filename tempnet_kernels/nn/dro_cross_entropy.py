@@ -60,6 +60,10 @@ class _PredictedTemperatures(nn.Module):
         self._tau = None
         self._live = None
 
+    @property
+    def process_group(self):
+        return getattr(self.tempnet, "process_group", None)
+
     def temperature_stats(self):
         """:class:`TemperatureStats` of the last batch, without waiting for a GPU."""
         if self._tau is None:
@@ -79,12 +83,17 @@ class TempNetCrossEntropyLoss(_PredictedTemperatures):
         tempnet: a module from logits ``[..., V]`` to temperatures ``[...]``, with ``tau_min`` and
             ``tau_max``.
         rho: KL radius in nats.
-        options: the keywords of :class:`DROCrossEntropyLoss` but ``process_group``: the TempNet
-            reads whole rows.
+        options: the keywords of :class:`DROCrossEntropyLoss` but ``process_group``, which is that
+            of ``tempnet.shard``.
     """
 
     def __init__(self, tempnet, rho, **options):
         super().__init__(tempnet)
+        if "process_group" in options:
+            raise ValueError(
+                "TempNetCrossEntropyLoss: process_group is that of the tempnet, set by "
+                "tempnet.shard(process_group)"
+            )
         self.loss = DROCrossEntropyLoss(rho, **options)
 
     def forward(self, logits, target, *, row_weight=None, normalizer=None):
@@ -93,7 +102,10 @@ class TempNetCrossEntropyLoss(_PredictedTemperatures):
         tau = self.tempnet(logits.detach())
         self._tau = tau.detach()
         self._live = target != self.loss.options["ignore_index"]
-        return self.loss(logits, target, tau, row_weight=row_weight, normalizer=normalizer)
+        return dro_cross_entropy(
+            logits, target, tau, self.loss.rho, row_weight=row_weight, normalizer=normalizer,
+            process_group=self.process_group, **self.loss.options,
+        )  # fmt: skip
 
 
 class TempNetCausalLMLoss(_PredictedTemperatures):
@@ -105,7 +117,8 @@ class TempNetCausalLMLoss(_PredictedTemperatures):
     (:func:`tempnet_kernels.linear_dro_cross_entropy`); without, they are logits.
 
     Args:
-        tempnet: a :class:`TempNet` for V columns. Its parameters are this module's.
+        tempnet: a :class:`TempNet` for V columns. Its parameters are this module's. Of a sharded
+            one the ``process_group`` is used: weight, bias or logits are then the rank's columns.
         rho: KL radius in nats.
         ignore_index: the label of tokens that do not count.
         label_smoothing, z_loss, backend: as in :func:`tempnet_kernels.dro_cross_entropy`.
@@ -145,6 +158,7 @@ class TempNetCausalLMLoss(_PredictedTemperatures):
         if isinstance(normalizer, torch.Tensor):
             normalizer = normalizer.to(inputs.device)
         options = {"rho": self.rho, "normalizer": normalizer, **self.options}
+        options["process_group"] = self.process_group
         if weight is None:
             tau = self.tempnet(inputs.detach())
             loss = dro_cross_entropy(inputs, target, tau, **options)
