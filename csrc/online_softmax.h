@@ -57,6 +57,24 @@ TEMPNET_INLINE RowState<T> merge(const RowState<T>& x, const RowState<T>& y) {
 // same order.
 enum RowField { kLoss, kGradTau, kM, kLog2S, kEntropy, kLogProb, kRowFields };
 
+// What the tempered softmax keeps of a row for its backward, [kSoftmaxFields, N], relative to the
+// largest logit itself and not to the rounded m: zmax, the sum of the weights, the weighted mean of
+// z - zmax. The weight of the largest logit is then 1, and in a row of one column or of one
+// confident logit so are the sum and p, exactly.
+enum SoftmaxField { kSoftmaxZmax, kSoftmaxS, kSoftmaxMean, kSoftmaxFields };
+
+template <class T>
+struct SoftmaxRow {
+  T zmax, s, mean;
+};
+
+// delta: fma(zmax, a, -m), what the rounding of m left out; top: 2^delta.
+template <class T>
+TEMPNET_INLINE SoftmaxRow<T> relative_to_largest(const RowState<T>& state, T zmax, T a, T delta,
+                                                 T top) {
+  return {zmax, state.s / top, (state.sx / state.s - delta) / a};
+}
+
 // c of d loss / d z = c p - q.
 template <class T>
 TEMPNET_INLINE T probability_factor(T z_loss, T lse, T tau) {
