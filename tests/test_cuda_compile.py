@@ -34,7 +34,7 @@ def compile_for(architecture, source, directory):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     pattern = re.compile(
-        r"Compiling entry function '\w*?device(?:11contrastive)?\d+(\w+?_kernel)I(\w+?)v"
+        r"Compiling entry function '\w*?device(?:11contrastive|7softmax)?\d+(\w+?_kernel)I(\w+?)v"
         r"NS\d_\d+\w*ParamsE'.*?"
         r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
         re.S,
@@ -67,7 +67,8 @@ def token_loss(compiled):
 def compiled(tmp_path_factory):
     """{source: {architecture: what compile_for returns}}"""
     directory = tmp_path_factory.mktemp("cuda")
-    wanted = [(s, a) for s in ("dro_cross_entropy", "dro_contrastive") for a in ARCHITECTURES]
+    sources = ("dro_cross_entropy", "dro_contrastive", "tempered_softmax")
+    wanted = [(s, a) for s in sources for a in ARCHITECTURES]
     with ThreadPoolExecutor() as pool:
         results = pool.map(lambda w: compile_for(w[1], w[0], directory), wanted)
     compiled = dict(zip(wanted, results, strict=True))
@@ -113,3 +114,12 @@ def test_contrastive_kernels_do_not_spill(compiled, architecture):
     for kernel, arguments, registers, spilled in kernels:
         # 256 threads x 128 registers: two CTAs fit on a multiprocessor.
         assert (registers <= 128, spilled) == (True, 0), (kernel, arguments, registers)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tempered_softmax_holds_a_row_without_a_spill(compiled, architecture):
+    kernels = compiled["tempered_softmax", architecture]
+    # forward and backward: 3 types, in registers and read twice.
+    assert len({(kernel, arguments) for kernel, arguments, *_ in kernels}) == 6 + 6
+    for kernel, arguments, registers, spilled in kernels:
+        assert (registers <= 64, spilled) == (True, 0), (kernel, arguments, registers)

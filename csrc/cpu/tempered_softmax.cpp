@@ -134,7 +134,7 @@ struct BackwardRows {
 #pragma omp simd
       for (int64_t k = 0; k < count; ++k) grad[j + k] = store<Z>(c[k] * inverse_tau);
     }
-    args.grad_tau[i] = -T(covariance) * inverse_tau * inverse_tau;
+    args.grad_tau[i] = -T(covariance / tau / tau);
   }
 };
 
