@@ -21,8 +21,9 @@ template <class T>
 struct Constants {
   static constexpr T kLn2 = T(0.693147180559945309417232121458);
   static constexpr T kLog2e = T(1.44269504088896340735992468100);
-  // The maximum of nothing. Finite: -inf - -inf would be NaN.
-  static constexpr T kEmpty = T(-1e30);
+  // The maximum of nothing. Finite: -inf - -inf would be NaN. No less: the rounding of a smaller m
+  // is more than 2^u can take, and a part of only such logits (a mask of -1e10) would be infinite.
+  static constexpr T kEmpty = sizeof(T) == 4 ? T(-0x1p31) : T(-0x1p60);
   // 2^u is 0 long before this, and 0 * -inf would be NaN: u is clamped here inside the product of
   // sx only.
   static constexpr T kFloor = sizeof(T) == 4 ? T(-300) : T(-2000);

@@ -24,9 +24,9 @@ AUTO = {"cpu": ("native",), "cuda": ("native", "triton")}
 
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
-# Fields of what the backward needs of a row, [3, N] in the accumulation dtype: the largest logit,
-# the sum of the weights relative to it, and the weighted mean of their exponents, to the backend's
-# base. With that mean the exponents are centred, and nothing of tau's gradient cancels.
+# Fields of what the backward needs of a row, [3, N] in the accumulation dtype: the largest logit
+# zmax, the sum of the weights exp((z - zmax) / tau), and the weighted mean of z - zmax. With that
+# mean the exponents are centred, and nothing of tau's gradient cancels.
 STATE = 3
 
 
@@ -118,7 +118,8 @@ def tempered_softmax(logits, tau, *, backend="auto"):
     Returns:
         ``[..., V]`` in the logits' dtype. A logit of -inf has probability and gradient exactly 0,
         whatever its upstream gradient. A row of only -inf, one with a NaN or +inf logit, and one
-        with ``tau <= 0`` or NaN in a tensor are NaN.
+        with ``tau <= 0`` or NaN in a tensor are NaN. A row whose largest logit is beyond
+        ``1e9 * tau`` in magnitude may be NaN (one that is masked whole by a finite number).
 
     Raises:
         ValueError, TypeError: an argument is off; the message names it, what was expected and what

@@ -6,17 +6,17 @@ import torch
 
 
 def tempered_softmax_fwd(logits, tau, log):
-    zmax, x = _centred(logits, tau)
+    zmax, d, x = _centred(logits, tau)
     e = torch.exp(x)
     s = e.sum(1)
-    mean_x = torch.where(e == 0, 0, e * x).sum(1) / s
+    mean_d = torch.where(e == 0, 0, e * d).sum(1) / s
     output = x - torch.log(s)[:, None] if log else e / s[:, None]
-    return _empty(logits).copy_(output), torch.stack([zmax, s, mean_x])
+    return _empty(logits).copy_(output), torch.stack([zmax, s, mean_d])
 
 
 def tempered_softmax_bwd(logits, tau, rows, grad_output, log, want_grad_logits):
-    _, s, mean_x = rows[:, :, None]  # (N, 1) each
-    _, x = _centred(logits, tau)
+    _, s, mean_d = rows[:, :, None]  # (N, 1) each
+    _, _, x = _centred(logits, tau)
     e = torch.exp(x)  # (N, V)
     p = e / s
     g = grad_output.to(tau.dtype)
@@ -27,19 +27,23 @@ def tempered_softmax_bwd(logits, tau, rows, grad_output, log, want_grad_logits):
         # divided by s, and not of p g: the rounding of the weights e then cancels.
         mean_g = torch.where(e == 0, 0, e * g).sum(1, keepdim=True) / s
         c = torch.where(p == 0, 0, p * (g - mean_g))
+    centred = x - mean_d / tau[:, None]  # log p + H
     # 0 * -inf is NaN.
-    grad_tau = -torch.where(c == 0, 0, c * (x - mean_x)).sum(1) / tau
+    grad_tau = -torch.where(c == 0, 0, c * centred).sum(1) / tau
     if not want_grad_logits:
         return logits.new_empty((0, logits.shape[1])), grad_tau
     return _empty(logits).copy_(c / tau[:, None]), grad_tau
 
 
 def _centred(logits, tau):
-    """(zmax [N], (z - zmax) / tau [N, V]) in the accumulation dtype; a bad temperature is NaN."""
+    """(zmax [N], d = z - zmax [N, V], d / tau [N, V]) in the accumulation dtype; of a bad
+    temperature the last is NaN."""
     z = logits.to(tau.dtype)
     zmax = z.amax(1)
-    # Centred before the division: exact near the maximum, where the weight is.
-    return zmax, (z - zmax[:, None]) / torch.where(tau > 0, tau, math.nan)[:, None]
+    d = (
+        z - zmax[:, None]
+    )  # centred before the division: exact near the maximum, where the weight is
+    return zmax, d, d / torch.where(tau > 0, tau, math.nan)[:, None]
 
 
 def _empty(logits):
