@@ -5,6 +5,7 @@ from tempnet_kernels import nn
 from tempnet_kernels.dro_contrastive import ContrastiveStats, dro_contrastive
 from tempnet_kernels.dro_cross_entropy import TokenStats, dro_cross_entropy
 from tempnet_kernels.linear_dro_cross_entropy import linear_dro_cross_entropy
+from tempnet_kernels.tempered_softmax import tempered_log_softmax, tempered_softmax
 
 __version__ = "0.1.0"
 __all__ = [
@@ -14,4 +15,6 @@ __all__ = [
     "dro_cross_entropy",
     "linear_dro_cross_entropy",
     "nn",
+    "tempered_log_softmax",
+    "tempered_softmax",
 ]

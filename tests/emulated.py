@@ -164,6 +164,45 @@ class Operators:
         torch.autograd.graph.increment_version(grad)
 
 
+class SoftmaxOperators:
+    """Stands for the operators of the tempered softmax, as ``Operators`` does. ``plan``: all of
+    twice, cluster, threads and slice, or nothing."""
+
+    def __init__(self, module, arch=90, **plan):
+        self.module, self.arch, self.plan = module, arch, plan
+        self.launched = []
+
+    def __call__(self, name, backend):
+        return getattr(self, name)
+
+    def _launch(self, logits, tau, rows, log, out, grad_output=None, grad_tau=None):
+        params = {
+            "n": logits.shape[0], "v": logits.shape[1], "log": log, "run": True,
+            "logits": logits.data_ptr(), "logits_stride": logits.stride(0),
+            "grad_output": 0 if grad_output is None else grad_output.data_ptr(),
+            "grad_output_stride": 0 if grad_output is None else grad_output.stride(0),
+            "out": 0 if out is None else out.data_ptr(),
+            "tau": tau.data_ptr(), "tau_stride": tau.stride(0), "rows": rows.data_ptr(),
+            "grad_tau": 0 if grad_tau is None else grad_tau.data_ptr(),
+        }  # fmt: skip
+        plan = self.module.tempered_softmax(_name(logits), params, self.arch, self.plan)
+        self.launched.append(plan)
+
+    def tempered_softmax_fwd(self, logits, tau, log):
+        output = torch.empty(logits.shape, dtype=logits.dtype)
+        rows = torch.full((3, logits.shape[0]), torch.nan)
+        self._launch(logits, tau, rows, log, output)
+        return output, rows
+
+    def tempered_softmax_bwd(self, logits, tau, rows, grad_output, log, want_grad_logits):
+        n, v = logits.shape
+        grad_logits = torch.empty((n if want_grad_logits else 0, v), dtype=logits.dtype)
+        grad_tau = torch.full((n,), torch.nan)
+        out = grad_logits if want_grad_logits else None
+        self._launch(logits, tau, rows, log, out, grad_output, grad_tau)
+        return grad_logits, grad_tau
+
+
 class ContrastiveOperators:
     """Stands for the operators on a tile of similarities, as ``Operators`` does."""
 

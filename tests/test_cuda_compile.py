@@ -13,7 +13,7 @@ import torch
 ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("nvcc")
 ARCHITECTURES = ("80", "90a")
-SOURCES = ("dro_cross_entropy", "dro_contrastive", "linear_dro_cross_entropy")
+SOURCES = ("dro_cross_entropy", "dro_contrastive", "linear_dro_cross_entropy", "tempered_softmax")
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the PATH: not compiled")
 # kMode and kRead of the kernels that a training step launches on rows that begin on 16 bytes, or
 # that are read twice. The others hold more: argmax, label smoothing, edges of a row.
@@ -35,7 +35,8 @@ def compile_for(architecture, source, directory):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     pattern = re.compile(
-        r"Compiling entry function '\w*?device(?:11contrastive|6linear)?\d+(\w+?_kernel)I(\w+?)v"
+        r"Compiling entry function '\w*?device(?:\d+(?:contrastive|linear|softmax))?"
+        r"\d+(\w+?_kernel)I(\w+?)v"
         r"NS\d_\d+\w*ParamsE'.*?"
         r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
         re.S,
@@ -121,5 +122,14 @@ def test_contrastive_kernels_do_not_spill(compiled, architecture):
 def test_moments_kernels_do_not_spill(compiled, architecture):
     kernels = compiled["linear_dro_cross_entropy", architecture]
     assert len({arguments for _, arguments, *_ in kernels}) == 3 * 2  # types, center
+    for kernel, arguments, registers, spilled in kernels:
+        assert (registers <= 64, spilled) == (True, 0), (kernel, arguments, registers)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tempered_softmax_holds_a_row_without_a_spill(compiled, architecture):
+    kernels = compiled["tempered_softmax", architecture]
+    # forward and backward: 3 types, in registers and read twice.
+    assert len({(kernel, arguments) for kernel, arguments, *_ in kernels}) == 6 + 6
     for kernel, arguments, registers, spilled in kernels:
         assert (registers <= 64, spilled) == (True, 0), (kernel, arguments, registers)
