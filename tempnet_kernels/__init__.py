@@ -4,6 +4,15 @@ functions."""
 from tempnet_kernels import nn
 from tempnet_kernels.dro_contrastive import ContrastiveStats, dro_contrastive
 from tempnet_kernels.dro_cross_entropy import TokenStats, dro_cross_entropy
+from tempnet_kernels.optimal_temperature import SolverStats, optimal_temperature
 
 __version__ = "0.1.0"
-__all__ = ["ContrastiveStats", "TokenStats", "dro_contrastive", "dro_cross_entropy", "nn"]
+__all__ = [
+    "ContrastiveStats",
+    "SolverStats",
+    "TokenStats",
+    "dro_contrastive",
+    "dro_cross_entropy",
+    "nn",
+    "optimal_temperature",
+]

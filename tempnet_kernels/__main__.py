@@ -10,11 +10,13 @@ from rich.table import Table
 from tempnet_kernels import _register
 from tempnet_kernels.dro_contrastive import AUTO as DRO_CONTRASTIVE_AUTO
 from tempnet_kernels.dro_cross_entropy import AUTO as DRO_CROSS_ENTROPY_AUTO
+from tempnet_kernels.optimal_temperature import AUTO as OPTIMAL_TEMPERATURE_AUTO
 
 # Each public op: the operator whose kernels decide what can run, and the order of "auto".
 OPS = {
     "dro_cross_entropy": ("dro_cross_entropy_fwd", DRO_CROSS_ENTROPY_AUTO),
     "dro_contrastive": ("similarity_stats_", DRO_CONTRASTIVE_AUTO),
+    "optimal_temperature": ("optimal_temperature", OPTIMAL_TEMPERATURE_AUTO),
 }
 
 app = typer.Typer(help="Kernels for losses with a learned temperature.", no_args_is_help=True)
