@@ -51,7 +51,7 @@ struct TemperatureSearch {
     kl = kl < 0 ? T(0) : kl > log_v ? log_v : kl;  // comparisons that keep NaN
     const T excess = kl - rho, error = std::abs(excess);
     ++evaluations;
-    if (!(error >= 0)) tau = kl = std::numeric_limits<T>::quiet_NaN();
+    if (!(error >= 0)) tau = kl = excess;  // NaN
     const bool clipped = excess > 0 ? tau >= tau_max : tau <= tau_min;
     if (!(error > kTolerance) || clipped || evaluations == kMostEvaluations) return false;
     if (excess > 0) {

@@ -67,7 +67,8 @@ def token_loss(compiled):
 def compiled(tmp_path_factory):
     """{source: {architecture: what compile_for returns}}"""
     directory = tmp_path_factory.mktemp("cuda")
-    wanted = [(s, a) for s in ("dro_cross_entropy", "dro_contrastive") for a in ARCHITECTURES]
+    sources = ("dro_cross_entropy", "dro_contrastive", "optimal_temperature")
+    wanted = [(s, a) for s in sources for a in ARCHITECTURES]
     with ThreadPoolExecutor() as pool:
         results = pool.map(lambda w: compile_for(w[1], w[0], directory), wanted)
     compiled = dict(zip(wanted, results, strict=True))
@@ -113,3 +114,13 @@ def test_contrastive_kernels_do_not_spill(compiled, architecture):
     for kernel, arguments, registers, spilled in kernels:
         # 256 threads x 128 registers: two CTAs fit on a multiprocessor.
         assert (registers <= 128, spilled) == (True, 0), (kernel, arguments, registers)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_of_the_optimal_temperature_do_not_spill(compiled, architecture):
+    kernels = compiled["optimal_temperature", architecture]
+    # 3 types, in registers or read again.
+    assert len({(kernel, arguments) for kernel, arguments, *_ in kernels}) == 6
+    for kernel, arguments, registers, spilled in kernels:
+        # 1024 threads x 64 registers are a multiprocessor's.
+        assert (registers <= 64, spilled) == (True, 0), (kernel, arguments, registers)
