@@ -119,6 +119,7 @@ def compile_one(target, kernel, constexprs, num_warps, dtype, aligned):
         "spills": local + stack,
         "exponentials": exponentials or kernel is token.scale_kernel,
         "clamped_exponentials": bounded,
+        "exact_divisions": len(re.findall(r"div\.rn\.f32", ptx)),
         "atomics": bool(re.search(r"^\s*(?:@\S+\s+)?(?:atom|red)\.", ptx, re.M)),
     }
 

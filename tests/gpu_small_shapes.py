@@ -3,7 +3,7 @@
 import torch
 from test_dro_cross_entropy import CUDA_SHAPES
 
-from tempnet_kernels import _similarity, dro_contrastive, dro_cross_entropy
+from tempnet_kernels import _similarity, dro_contrastive, dro_cross_entropy, optimal_temperature
 
 
 def run(wide, target, tau, v, first, **options):
@@ -46,6 +46,7 @@ def main():
             run(wide, target, tau, v, first)
             run(wide, target, tau, v, first, reduction="none", return_stats=True)
             run(wide, target, tau, v, first, label_smoothing=0.1, z_loss=1e-3)
+            optimal_temperature(wide[:, first : first + v], 0.5, 0.1, 9, backend="native")
         contrastive(dtype)
         torch.cuda.synchronize()
         print(dtype, "done")
