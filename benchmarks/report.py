@@ -23,6 +23,7 @@ LIMITS = {
     "dro_contrastive": "four matrix products",
     "tempered_softmax": COPY,
     "tempered_softmax, forward": COPY,
+    "optimal_temperature": COPY,
 }
 
 

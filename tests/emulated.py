@@ -240,5 +240,29 @@ class ContrastiveOperators:
         self.module.similarity_weights(_name(weights), params)
 
 
+class TemperatureOperators:
+    """Stands for the operator of the optimal temperature, as ``Operators`` does. Without ``hold``
+    no row stays in registers."""
+
+    def __init__(self, module, hold=True):
+        self.module, self.hold = module, hold
+
+    def __call__(self, name, backend):
+        return getattr(self, name)
+
+    def optimal_temperature(self, logits, rho, tau_min, tau_max):
+        n, v = logits.shape
+        tau, kl = torch.full((2, n), torch.nan)
+        iterations = torch.full((n,), -7, dtype=torch.int32)
+        params = {
+            "n": n, "v": v, "logits": logits.data_ptr(), "logits_stride": logits.stride(0),
+            "rho": rho.data_ptr(), "rho_stride": rho.stride(0),
+            "tau_min": tau_min, "tau_max": tau_max,
+            "tau": tau.data_ptr(), "kl": kl.data_ptr(), "iterations": iterations.data_ptr(),
+        }  # fmt: skip
+        self.module.optimal_temperature(_name(logits), params, self.hold)
+        return tau, kl, iterations
+
+
 def _name(tensor):
     return str(tensor.dtype).removeprefix("torch.")

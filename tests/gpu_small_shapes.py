@@ -8,6 +8,7 @@ from tempnet_kernels import (
     dro_contrastive,
     dro_cross_entropy,
     linear_dro_cross_entropy,
+    optimal_temperature,
 )
 from tempnet_kernels.nn import TempNet
 
@@ -66,6 +67,7 @@ def main():
             run(wide, target, tau, v, first)
             run(wide, target, tau, v, first, reduction="none", return_stats=True)
             run(wide, target, tau, v, first, label_smoothing=0.1, z_loss=1e-3)
+            optimal_temperature(wide[:, first : first + v], 0.5, 0.1, 9, backend="native")
         contrastive(dtype)
         linear(dtype)
         torch.cuda.synchronize()

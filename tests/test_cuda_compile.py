@@ -13,7 +13,13 @@ import torch
 ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("nvcc")
 ARCHITECTURES = ("80", "90a")
-SOURCES = ("dro_cross_entropy", "dro_contrastive", "linear_dro_cross_entropy", "tempered_softmax")
+SOURCES = (
+    "dro_cross_entropy",
+    "dro_contrastive",
+    "linear_dro_cross_entropy",
+    "tempered_softmax",
+    "optimal_temperature",
+)
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the PATH: not compiled")
 # kMode and kRead of the kernels that a training step launches on rows that begin on 16 bytes, or
 # that are read twice. The others hold more: argmax, label smoothing, edges of a row.
@@ -132,4 +138,14 @@ def test_tempered_softmax_holds_a_row_without_a_spill(compiled, architecture):
     # forward and backward: 3 types, in registers and read twice.
     assert len({(kernel, arguments) for kernel, arguments, *_ in kernels}) == 6 + 6
     for kernel, arguments, registers, spilled in kernels:
+        assert (registers <= 64, spilled) == (True, 0), (kernel, arguments, registers)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_of_the_optimal_temperature_do_not_spill(compiled, architecture):
+    kernels = compiled["optimal_temperature", architecture]
+    # 3 types, in registers or read again.
+    assert len({(kernel, arguments) for kernel, arguments, *_ in kernels}) == 6
+    for kernel, arguments, registers, spilled in kernels:
+        # 1024 threads x 64 registers are a multiprocessor's.
         assert (registers <= 64, spilled) == (True, 0), (kernel, arguments, registers)

@@ -82,3 +82,8 @@ def test_frozen_run_trains_the_tempnet_only(tmp_path):
     frozen.run(resume=False)
     assert all(torch.equal(v, model[k]) for k, v in frozen.model.state_dict().items())
     assert any(not torch.equal(v, tempnet[k]) for k, v in frozen.tempnet.state_dict().items())
+
+
+def test_equal_temperatures_share_a_rank():
+    plots = pytest.importorskip("plots", reason="the example's packages are not installed")
+    assert plots.ranks(torch.tensor([0.5, 3.0, 1.0, 0.5, 0.5])).tolist() == [2, 5, 4, 2, 2]

@@ -8,6 +8,7 @@
 #include "cuda/dro_contrastive.cuh"
 #include "cuda/dro_cross_entropy_launch.cuh"
 #include "cuda/linear_dro_cross_entropy.cuh"
+#include "cuda/optimal_temperature.cuh"
 #include "cuda/tempered_softmax.cuh"
 #include "faults.h"
 
@@ -169,6 +170,23 @@ py::dict tempered_softmax(const std::string& dtype, const py::dict& d, int arch,
   return used;
 }
 
+void optimal_temperature(const std::string& dtype, const py::dict& d, bool hold) {
+  TemperatureParams p{};
+  p.n = d["n"].cast<int64_t>();
+  p.v = d["v"].cast<int>();
+  p.logits = pointer<void>(d, "logits");
+  p.logits_stride = d["logits_stride"].cast<int64_t>();
+  p.rho = pointer<float>(d, "rho");
+  p.rho_stride = d["rho_stride"].cast<int64_t>();
+  p.log_v = float(std::log(double(p.v)));
+  p.tau_min = d["tau_min"].cast<float>();
+  p.tau_max = d["tau_max"].cast<float>();
+  p.tau = pointer<float>(d, "tau");
+  p.kl = pointer<float>(d, "kl");
+  p.iterations = pointer<int32_t>(d, "iterations");
+  for_dtype(dtype, [&](auto zero) { launch_temperature<decltype(zero)>(p, hold, 0); });
+}
+
 }  // namespace
 }  // namespace tempnet
 
@@ -214,6 +232,7 @@ PYBIND11_MODULE(cuda_emulator, module) {
   module.def("tempered_softmax", &tempered_softmax);
   module.def("similarity_stats", &similarity_stats);
   module.def("similarity_weights", &similarity_weights);
+  module.def("optimal_temperature", &optimal_temperature);
   module.def("reverse_blocks", &faults::reverse_blocks);
   module.def("divergent_barrier", &faults::divergent_barrier);
   module.def("early_exit", &faults::early_exit);
