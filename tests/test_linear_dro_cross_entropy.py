@@ -70,7 +70,9 @@ def plain(hidden, weight, bias, target, tau, softcap=None, reduction="mean", **o
     acc = torch.promote_types(z.dtype, torch.float32)
     z = z.to(acc).clamp_min(-1e30)  # autograd's 0 * -inf would be NaN in d tau
     loss = definition(z, target, tau.to(acc), RHO, **options)
-    return loss.sum() / (target != -100).sum() if reduction == "mean" else loss
+    if reduction == "none":
+        return loss
+    return loss.sum() / ((target != -100).sum() if reduction == "mean" else 1)
 
 
 def ours(hidden, weight, bias, target, tau, **options):
