@@ -9,6 +9,8 @@ from pathlib import Path
 import compare
 import pytest
 import torch
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from tempnet_kernels import dro_cross_entropy, linear_dro_cross_entropy
@@ -350,3 +352,23 @@ def test_equals_the_token_loss_of_the_linear_layer(backend, device):
 
     assert_same(got, gradients(unfused, hidden, weight, net=net), rtol=1e-4, atol=1e-6)
     assert all(grad.abs().max() > 0 for grad in got)
+
+
+def fully_sharded(group, hidden, weight, target, net):
+    """The TempNet's gradients where FSDP2 holds its parameters: the mean over the ranks."""
+    mesh = DeviceMesh.from_group(group, "cpu")
+    fully_shard(net, mesh=mesh)
+    rows = slice(group.rank(), None, group.size())
+    step(target[rows], net, "native")(hidden[rows], weight).backward()
+    return {name: p.grad.full_tensor() for name, p in net.named_parameters()}
+
+
+def test_parameters_sharded_by_fsdp(gloo):
+    hidden, weight, target, net = make("cpu")
+    expected = [
+        gradients(step(target[i::2], net, "native"), hidden[i::2], weight, net=net)[3:]
+        for i in range(2)
+    ]
+    for grads in gloo.run(2, fully_sharded, hidden, weight, target, net):
+        for got, first, second in zip(grads.values(), *expected, strict=True):
+            torch.testing.assert_close(got, (first + second) / 2, rtol=1e-5, atol=1e-9)
