@@ -1,12 +1,13 @@
 """What a user would pick instead; what it leaves out is said. A token loss is a function
-(logits, target, tau, rho) -> loss, a contrastive one (image, text, tau_image, tau_text) -> loss."""
+(logits, target, tau, rho) -> loss, a contrastive one (image, text, tau_image, tau_text) -> loss, a
+softmax one (logits, tau) -> probabilities in the logits' dtype."""
 
 import importlib.util
 
 import torch
 import torch.nn.functional as F
 
-from tempnet_kernels import dro_contrastive, dro_cross_entropy
+from tempnet_kernels import dro_contrastive, dro_cross_entropy, tempered_softmax
 from tempnet_kernels.reference.official import official_contrastive, official_cross_entropy
 
 _compiled_official = torch.compile(official_cross_entropy, dynamic=False)
@@ -115,3 +116,29 @@ if torch.cuda.is_available() and importlib.util.find_spec("inf_cl"):
         return (cal_inf_loss(a, text) + cal_inf_loss(b, image)) / 2
 
     CONTRASTIVE_LOSSES["Inf-CL"] = inf_cl
+
+
+def torch_softmax(logits, tau):
+    """A float32 tau makes 16-bit logits float32 here, which their exponents need."""
+    return torch.softmax(logits / tau[:, None], -1).to(logits.dtype)
+
+
+_compiled_softmax = torch.compile(torch_softmax, dynamic=False)
+
+
+def torch_softmax_compiled(logits, tau):
+    return _compiled_softmax(logits, tau)
+
+
+SOFTMAXES = {
+    "torch.softmax eager": torch_softmax,
+    "torch.softmax compiled": torch_softmax_compiled,
+    "tempnet_kernels": tempered_softmax,
+}
+
+if torch.cuda.is_available():
+
+    def tempered_softmax_in_triton(logits, tau):
+        return tempered_softmax(logits, tau, backend="triton")
+
+    SOFTMAXES["tempnet_kernels, triton"] = tempered_softmax_in_triton

@@ -18,7 +18,13 @@ import typer
 OURS = "tempnet_kernels"
 COPY = "copy of the logits"
 # What every time of an operator is compared with.
-LIMITS = {"dro_cross_entropy": COPY, "dro_contrastive": "four matrix products"}
+LIMITS = {
+    "dro_cross_entropy": COPY,
+    "dro_contrastive": "four matrix products",
+    "tempered_softmax": COPY,
+    "tempered_softmax, forward": COPY,
+    "optimal_temperature": COPY,
+}
 
 
 def table(info):
@@ -66,7 +72,7 @@ def contrastive_picture(infos, path):
     figure.savefig(path, dpi=130)
 
 
-def token_picture(infos, path):
+def rows_picture(infos, path):
     infos = [x for x in infos if x["n"] >= 512]
     names = [OURS, COPY, *(n for n in infos[0]["time_ms"] if n not in (OURS, COPY))]
     figure, axis = plt.subplots(figsize=(12, 4.5))
@@ -92,8 +98,9 @@ def main(path: Annotated[Path, typer.Argument(help="JSON written by pytest-bench
     text = "\n".join([environment, *map(table, infos)]) + "\n"
     path.with_suffix(".md").write_text(text)
     for op, draw in (
-        ("dro_cross_entropy", token_picture),
+        ("dro_cross_entropy", rows_picture),
         ("dro_contrastive", contrastive_picture),
+        ("tempered_softmax", rows_picture),
     ):
         of_op = [x for x in infos if x["op"] == op]
         if of_op:

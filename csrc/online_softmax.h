@@ -21,8 +21,9 @@ template <class T>
 struct Constants {
   static constexpr T kLn2 = T(0.693147180559945309417232121458);
   static constexpr T kLog2e = T(1.44269504088896340735992468100);
-  // The maximum of nothing. Finite: -inf - -inf would be NaN.
-  static constexpr T kEmpty = T(-1e30);
+  // The maximum of nothing. Finite: -inf - -inf would be NaN. No less: the rounding of a smaller m
+  // is more than 2^u can take, and a part of only such logits (a mask of -1e10) would be infinite.
+  static constexpr T kEmpty = sizeof(T) == 4 ? T(-0x1p31) : T(-0x1p60);
   // 2^u is 0 long before this, and 0 * -inf would be NaN: u is clamped here inside the product of
   // sx only.
   static constexpr T kFloor = sizeof(T) == 4 ? T(-300) : T(-2000);
@@ -56,6 +57,24 @@ TEMPNET_INLINE RowState<T> merge(const RowState<T>& x, const RowState<T>& y) {
 // The rows of the per-row result, [kRowFields, N]; tempnet_kernels/dro_cross_entropy.py has the
 // same order.
 enum RowField { kLoss, kGradTau, kM, kLog2S, kEntropy, kLogProb, kRowFields };
+
+// What the tempered softmax keeps of a row for its backward, [kSoftmaxFields, N], relative to the
+// largest logit itself and not to the rounded m: zmax, the sum of the weights, the weighted mean of
+// z - zmax. The weight of the largest logit is then 1, and in a row of one column or of one
+// confident logit so are the sum and p, exactly.
+enum SoftmaxField { kSoftmaxZmax, kSoftmaxS, kSoftmaxMean, kSoftmaxFields };
+
+template <class T>
+struct SoftmaxRow {
+  T zmax, s, mean;
+};
+
+// delta: fma(zmax, a, -m), what the rounding of m left out; top: 2^delta.
+template <class T>
+TEMPNET_INLINE SoftmaxRow<T> relative_to_largest(const RowState<T>& state, T zmax, T a, T delta,
+                                                 T top) {
+  return {zmax, state.s / top, (state.sx / state.s - delta) / a};
+}
 
 // c of d loss / d z = c p - q.
 template <class T>

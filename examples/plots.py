@@ -7,14 +7,15 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import torch
-from train_lm import Loss, batch_of
+from train_lm import RHO, Loss, Trainer, batch_of
 
-from tempnet_kernels import dro_cross_entropy
+from tempnet_kernels import dro_cross_entropy, optimal_temperature
 
 LABELS = {
     Loss.ce: "cross entropy",
     Loss.official: "TempNet, official formula",
     Loss.tempnet: "TempNet, tempnet_kernels",
+    Loss.linear: "TempNet, without the logits",
     Loss.frozen: "frozen model + TempNet",
 }
 
@@ -24,9 +25,13 @@ def draw(out, trainer):
     their paths."""
     trainer.load()
     trainer.tempnet.eval()
+    joint = Trainer(Loss.tempnet, trainer.config, out)
+    joint.load()
+    joint.tempnet.eval()
     return [
         loss_curves(out),
         temperature_against_entropy(out, trainer),
+        predicted_against_optimal(out, [trainer, joint]),
         coloured_text(out, trainer),
     ]
 
@@ -66,6 +71,44 @@ def temperature_against_entropy(out, trainer):
     axis.set(xlabel="entropy of the prediction (nats)", ylabel="predicted temperature")
     axis.ticklabel_format(useOffset=False)
     return save(figure, out / "temperature_against_entropy.png")
+
+
+@torch.no_grad()
+def predicted_against_optimal(out, trainers):
+    """The temperatures of held-out tokens beside those that minimise their losses at the same
+    rho."""
+    figure, axes = plt.subplots(1, len(trainers), figsize=(5.5 * len(trainers), 4.5))
+    for axis, trainer in zip(axes, trainers, strict=True):
+        tempnet, rho = trainer.tempnet, RHO[trainer.kind]
+        predicted, optimal = [], []
+        for i in range(8):
+            ids, _ = batch_of(trainer.held_out_ids, trainer.config, 10**9 + i)
+            logits = trainer.model(ids)
+            predicted.append(tempnet(logits).flatten())
+            solved = optimal_temperature(logits, rho, tempnet.tau_min, tempnet.tau_max)
+            optimal.append(solved.flatten())
+        predicted, optimal = torch.cat(predicted).cpu(), torch.cat(optimal).cpu()
+        r = torch.corrcoef(torch.stack([ranks(optimal), ranks(predicted)]))[0, 1].item()
+        name = f"{LABELS[trainer.kind]}, rho {rho}"
+        print(f"{name}: rank correlation of predicted and optimal temperature {r:.3f}")
+        axis.scatter(optimal, predicted, s=4, alpha=0.15, linewidths=0)
+        axis.axline((1, 1), slope=1, color="grey", linewidth=0.8, label="predicted = optimal")
+        ends = (tempnet.tau_min - 0.03, tempnet.tau_max + 0.03)
+        axis.set(
+            xlim=ends,
+            ylim=ends,
+            xlabel="optimal temperature (KL = rho, clipped)",
+            ylabel="predicted temperature",
+            title=f"{name}\nheld-out tokens, rank correlation {r:.2f}",
+        )
+        axis.legend(loc="upper left")
+    return save(figure, out / "predicted_against_optimal.png")
+
+
+def ranks(x):
+    """Equal numbers get the mean of their ranks: many are clipped to the same bound."""
+    _, inverse, counts = x.unique(return_inverse=True, return_counts=True)
+    return (counts.cumsum(0) - (counts - 1) / 2)[inverse]
 
 
 def coloured_text(out, trainer, width=80):

@@ -1,12 +1,13 @@
 """Train a small GPT with learned temperatures on the source code of the Python standard library.
 
-    python examples/train_lm.py                  # the four losses in turn, a table and pictures
+    python examples/train_lm.py                  # all losses in turn, a table and pictures
     python examples/train_lm.py --loss tempnet   # one of them
     python examples/train_lm.py --resume         # go on where Ctrl-C stopped
 
 Everything is written to runs/lm. The losses: ``ce`` (plain cross entropy), ``official`` (TempNet
-through the authors' formula in eager PyTorch), ``tempnet`` (the same through tempnet_kernels) and
-``frozen`` (the ``ce`` model frozen, only a TempNet trained).
+through the authors' formula in eager PyTorch), ``tempnet`` (the same through tempnet_kernels),
+``linear`` (the same again, from the hidden states, without the logits) and ``frozen`` (the ``ce``
+model frozen, only a TempNet trained).
 """
 
 import json
@@ -32,7 +33,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import ByteLevelBPETokenizer
 from torch import nn
 
-from tempnet_kernels.nn import TempNet, TempNetCrossEntropyLoss
+from tempnet_kernels.nn import TempNet, TempNetCausalLMLoss, TempNetCrossEntropyLoss
 from tempnet_kernels.reference.official import official_cross_entropy
 
 
@@ -40,13 +41,14 @@ class Loss(StrEnum):
     ce = "ce"
     official = "official"
     tempnet = "tempnet"
+    linear = "linear"
     frozen = "frozen"
 
 
 # The KL radius in nats; log V is 7.6. Trained together, model and TempNet can lower every
 # temperature and flatten the logits to match, and in so few steps they do. A frozen model cannot:
 # near its own mean KL the TempNet learns which tokens to treat as certain.
-RHO = {Loss.official: 4.0, Loss.tempnet: 4.0, Loss.frozen: 3.0}
+RHO = {Loss.official: 4.0, Loss.tempnet: 4.0, Loss.linear: 4.0, Loss.frozen: 3.0}
 
 
 @dataclass
@@ -147,26 +149,31 @@ class GPT(nn.Module):
         nn.init.normal_(self.tokens.weight, std=0.02)
         nn.init.normal_(self.positions.weight, std=0.02)
 
-    def forward(self, ids):
-        """ids [B, T] -> logits [B, T, V]."""
+    def hidden(self, ids):
+        """ids [B, T] -> hidden states [B, T, D], which the head takes."""
         x = self.tokens(ids) + self.positions.weight[: ids.shape[1]]
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x))
+        return self.norm(x)
+
+    def forward(self, ids):
+        """ids [B, T] -> logits [B, T, V]."""
+        return self.head(self.hidden(ids))
 
 
 # Training.
 
 
 def make_loss(kind, tempnet):
-    """A function (logits, target) -> loss."""
+    """What :meth:`Trainer.loss_of` calls."""
     if kind == Loss.ce:
         return lambda logits, target: F.cross_entropy(logits.flatten(0, 1), target.flatten())
     if kind == Loss.official:
         return lambda logits, target: official_cross_entropy(
             logits, target, tempnet(logits.detach()), RHO[kind]
         )
-    return TempNetCrossEntropyLoss(tempnet, RHO[kind])
+    module = TempNetCausalLMLoss if kind == Loss.linear else TempNetCrossEntropyLoss
+    return module(tempnet, RHO[kind])
 
 
 class Trainer(Loop):
@@ -210,6 +217,14 @@ class Trainer(Loop):
             group["peak"] = group["lr"]
         return groups
 
+    def loss_inputs(self, ids):
+        return self.model.hidden(ids) if self.kind == Loss.linear else self.model(ids)
+
+    def loss_of(self, inputs, target):
+        if self.kind != Loss.linear:
+            return self.loss(inputs, target)
+        return self.loss(inputs, None, weight=self.model.head.weight, shift_labels=target)
+
     def train_step(self):
         """One optimizer step; returns the loss as a 0-d tensor."""
         warmup = max(1, self.config.steps // 20)
@@ -221,8 +236,8 @@ class Trainer(Loop):
             self.train_ids, self.config, self.config.seed * 1_000_003 + self.step
         )
         with torch.set_grad_enabled(self.kind != Loss.frozen):
-            logits = self.model(ids)
-        loss = self.loss(logits, target)
+            inputs = self.loss_inputs(ids)
+        loss = self.loss_of(inputs, target)
         self.optimizer.zero_grad()
         loss.backward()
         for group in self.optimizer.param_groups:
@@ -248,15 +263,16 @@ class Trainer(Loop):
         return statistics.mean(raw), statistics.mean(tempered) if tempered else None
 
     def loss_time_ms(self, repeats=15):
-        """Median time of TempNet + loss, forward and backward down to the logits."""
+        """Median time of TempNet + loss, forward and backward down to the logits; of ``linear``
+        down to the hidden states, with the head."""
         ids, target = batch_of(self.train_ids, self.config, 0)
         with torch.no_grad():
-            logits = self.model(ids)
+            inputs = self.loss_inputs(ids)
         times = []
         for _ in range(repeats):
-            leaf = logits.detach().clone().requires_grad_(self.kind != Loss.frozen)
+            leaf = inputs.detach().clone().requires_grad_(self.kind != Loss.frozen)
             start = time.perf_counter()
-            self.loss(leaf, target).backward()
+            self.loss_of(leaf, target).backward()
             if leaf.is_cuda:
                 torch.cuda.synchronize()
             times.append((time.perf_counter() - start) * 1e3)
@@ -264,7 +280,7 @@ class Trainer(Loop):
 
     def measure(self):
         row = {}
-        if isinstance(self.loss, TempNetCrossEntropyLoss):
+        if hasattr(self.loss, "temperature_stats"):
             stats = self.loss.temperature_stats()
             row |= {f"tau_{k}": v.item() for k, v in stats._asdict().items()}
         if self.step % self.config.eval_every == 0 or self.step == self.steps:
@@ -310,13 +326,13 @@ def report(out):
         table.add_row(r["loss"], *cells)
     Console().print(table)
     print(
-        "loss ms: TempNet + loss, forward and backward to the logits; "
+        "loss ms: TempNet + loss, forward and backward to the logits (linear: hidden states); "
         "peak MiB: of each loss's own process"
     )
 
 
 def main(
-    loss: Annotated[Loss | None, typer.Option(help="One loss; default all four.")] = None,
+    loss: Annotated[Loss | None, typer.Option(help="One loss; default all.")] = None,
     out: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/lm"),
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoints.")] = False,
     steps: int = Config.steps,

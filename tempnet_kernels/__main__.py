@@ -10,11 +10,17 @@ from rich.table import Table
 from tempnet_kernels import _register
 from tempnet_kernels.dro_contrastive import AUTO as DRO_CONTRASTIVE_AUTO
 from tempnet_kernels.dro_cross_entropy import AUTO as DRO_CROSS_ENTROPY_AUTO
+from tempnet_kernels.linear_dro_cross_entropy import AUTO as LINEAR_AUTO
+from tempnet_kernels.optimal_temperature import AUTO as OPTIMAL_TEMPERATURE_AUTO
+from tempnet_kernels.tempered_softmax import AUTO as TEMPERED_SOFTMAX_AUTO
 
 # Each public op: the operator whose kernels decide what can run, and the order of "auto".
 OPS = {
     "dro_cross_entropy": ("dro_cross_entropy_fwd", DRO_CROSS_ENTROPY_AUTO),
+    "linear_dro_cross_entropy": ("row_moments", LINEAR_AUTO),
     "dro_contrastive": ("similarity_stats_", DRO_CONTRASTIVE_AUTO),
+    "tempered_softmax": ("tempered_softmax_fwd", TEMPERED_SOFTMAX_AUTO),
+    "optimal_temperature": ("optimal_temperature", OPTIMAL_TEMPERATURE_AUTO),
 }
 
 app = typer.Typer(help="Kernels for losses with a learned temperature.", no_args_is_help=True)

@@ -1,11 +1,14 @@
 """Linear layer, TempNet and token loss a chunk of rows at a time: matrix products by the platform,
-the rest by the backend's kernels, never an N x V matrix."""
+the rest by the backend's kernels, never an N x V matrix. With a group, weight, bias and W1 are this
+rank's columns of the logits, and all else is the same on every rank."""
 
 import torch
 
 from tempnet_kernels import _register, _tempnet
 from tempnet_kernels._checks import check_target
 from tempnet_kernels._products import add_product, multiply, unit_of, wide_operand
+from tempnet_kernels._ranks import all_gather, all_sum_
+from tempnet_kernels._vocabulary import columns_of, sharded_fwd, sharded_fwd_
 from tempnet_kernels.dro_cross_entropy import GRAD_TAU, LOSS, ROWS, accumulation_dtype
 
 # Bytes of the columns of W1 and rows of the head that are multiplied at a time, in the dtype of the
@@ -21,17 +24,18 @@ class _TempNetOfChunks:
     """Temperatures of chunks of logits, and the network's gradient summed over them.
 
     ``fold``: z = W h + bias is linear, so W1 z = (W1 W) h + W1 bias, and neither that nor the
-    gradient of W1 touches the logits. A column whose bias is -inf counts as 0: it is left out of W1.
+    gradient of W1 touches the logits. A column whose bias is -inf counts as 0: it is left out of
+    W1.
     """
 
-    def __init__(self, backend, tensors, bounds, center, fold, hidden, weight, bias, wants, acc):
+    def __init__(self, backend, tensors, bounds, center, fold, weight, bias, wants, acc, group):
         self.backend, self.bounds, self.center, self.fold = backend, bounds, center, fold
         self.w1, *rest = tensors  # (H, V)
         self.head = _tempnet.Head(*(p.to(acc) for p in rest))
-        self.weight, self.bias, self.acc = weight, bias, acc
+        self.weight, self.bias, self.acc, self.group = weight, bias, acc, group
         self.want_w1 = wants[0]
         h, v, d = *self.w1.shape, weight.shape[1]
-        self.grad_head = [torch.zeros_like(p) for p in self.head]
+        self.grad_head = [p.new_zeros(p.shape) for p in self.head]
         self.grad_w1 = self.w1.new_empty((0, 0), dtype=acc)
         # 16-bit where the platform's products of the logits are.
         self.dtype = wide_operand(weight[:0]).dtype
@@ -48,13 +52,16 @@ class _TempNetOfChunks:
                     self.of_ones = _plus(self.of_ones, ones.sum(1))
                 if bias is not None:
                     self.of_bias = _plus(self.of_bias, ones @ self._bias(b))
+            for x in (folded, self.of_ones, self.of_bias):
+                if x is not None:
+                    all_sum_(x, group)
             self.folded = folded.to(self.dtype)  # (H, D)
             if self.want_w1:
                 self.grad_folded = torch.zeros_like(folded)
                 self.grad_of_bias = folded.new_zeros(h)
                 self.grad_of_ones = folded.new_zeros(h)
         elif self.want_w1:
-            self.grad_w1 = torch.zeros_like(self.w1, dtype=acc)
+            self.grad_w1 = self.w1.new_zeros((h, v), dtype=acc)
 
     def _w1(self, b):
         """Columns ``b`` of W1 as a product takes them."""
@@ -68,8 +75,10 @@ class _TempNetOfChunks:
     def temperatures(self, hidden, logits, keep):
         """``[n]``, of the rows hidden ``[n, D]`` with logits ``[n, V]``."""
         moments = _op("row_moments", self.backend)(logits, self.center)
-        self.shift = moments[SHIFT]  # (n,)
-        self.inverse = moments[SQUARES].sqrt().clamp_min(_tempnet.NORM_MIN).reciprocal()
+        self.shift, squares = moments[SHIFT], moments[SQUARES]  # (n,) each
+        if self.group is not None:
+            self.shift, squares = _tempnet.merged_moments(all_gather(moments, self.group))
+        self.inverse = squares.sqrt().clamp_min(_tempnet.NORM_MIN).reciprocal()
         self.keep = keep
         if self.fold:
             self.input, weight = hidden.to(self.dtype), self.folded  # (n, D), (H, D)
@@ -81,7 +90,9 @@ class _TempNetOfChunks:
             self.input, weight = x.to(self.dtype), self.w1.to(self.dtype)  # (n, V), (H, V)
         pre = hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=self.acc)  # (n, H)
         multiply(self.input, weight.T, pre)
-        if self.fold:
+        if not self.fold:
+            all_sum_(pre, self.group)
+        else:
             if self.of_bias is not None:
                 pre += self.of_bias
             if self.center:
@@ -113,7 +124,7 @@ class _TempNetOfChunks:
     def gradients(self):
         """Of W1, empty where it is not wanted, and of the head's parameters."""
         if self.fold and self.want_w1:
-            self.grad_w1 = torch.empty_like(self.w1, dtype=self.acc)
+            self.grad_w1 = self.w1.new_empty(self.w1.shape, dtype=self.acc)
             grad_folded = self.grad_folded.to(self.dtype)
             for b in self.blocks:
                 block = self.grad_w1[:, b]
@@ -133,11 +144,11 @@ def _plus(total, x):
 def linear_dro_cross_entropy_fwd(
     backend, hidden, weight, bias, target, tau, scale, tempnet, keep, rho, ignore_index,
     label_smoothing, z_loss, softcap, tau_min, tau_max, center, fold, chunk_rows, drop_ignored,
-    wants, want_argmax,
+    wants, want_argmax, group=None,
 ):  # fmt: skip
     (n, d), v = hidden.shape, weight.shape[0]
     acc = accumulation_dtype(hidden.dtype)
-    check_target(target, v, ignore_index, "linear_dro_cross_entropy")
+    check_target(target, columns_of(v, group)[1], ignore_index, "linear_dro_cross_entropy")
     want_hidden, want_weight, want_bias, *want_tempnet = wants
     want_grad = want_hidden or want_weight or want_bias
     numbers = (rho, ignore_index, label_smoothing, z_loss)
@@ -146,14 +157,14 @@ def linear_dro_cross_entropy_fwd(
     rows[[LOSS, GRAD_TAU]] = 0
     argmax = target.new_full((n if want_argmax else 0,), -1, dtype=torch.int64)
     taus = scale.new_full((n,), torch.nan)
-    grad_hidden = torch.zeros_like(hidden) if want_hidden else hidden.new_empty((0, d))
+    grad_hidden = hidden.new_zeros((n if want_hidden else 0, d))
     grad_weight = weight.new_zeros((v if want_weight else 0, d), dtype=acc)
     grad_bias = weight.new_zeros(v if want_bias else 0, dtype=acc)
     net = None
     if tempnet:
         bounds = (tau_min, tau_max)
         net = _TempNetOfChunks(
-            backend, tempnet, bounds, center, fold, hidden, weight, bias, want_tempnet, acc
+            backend, tempnet, bounds, center, fold, weight, bias, want_tempnet, acc, group
         )
     ratio = scale / unit_of(scale) if hidden.dtype == torch.float16 else None
 
@@ -183,12 +194,21 @@ def linear_dro_cross_entropy_fwd(
         t = tau[r] if net is None else net.temperatures(h, z, None if keep is None else keep[r])
 
         if want_grad:
-            fwd_ = _op("dro_cross_entropy_fwd_", backend)
-            row_loss, row, row_argmax = fwd_(z, y, t, s, *numbers, want_argmax)
+            if group is None:
+                fwd_ = _op("dro_cross_entropy_fwd_", backend)
+                row_loss, row, row_argmax = fwd_(z, y, t, s, *numbers, want_argmax)
+            else:
+                row_loss, row, row_argmax = sharded_fwd_(
+                    backend, z, y, t, s, *numbers, group, want_argmax
+                )
             if ratio is not None:  # float16: c p - q, not scaled
                 _op("scale_rows_", backend)(z, ratio[r])
             if softcap:
                 torch.ops.aten.tanh_backward(z, capped, grad_input=z)
+        elif group is not None:
+            row_loss, row, row_argmax = sharded_fwd(
+                backend, z, y, t, s, *numbers, group, want_argmax
+            )
         else:
             fwd = _op("dro_cross_entropy_fwd", backend)
             _, row_loss, row, row_argmax = fwd(z, y, t, s, *numbers, False, want_argmax)
@@ -206,6 +226,8 @@ def linear_dro_cross_entropy_fwd(
         if any(want_tempnet):
             net.backward(row[GRAD_TAU])
 
+    if want_hidden:
+        all_sum_(grad_hidden, group)
     if live is not None:
         taus.masked_fill_(~live, torch.nan)
     grads_tempnet = net.gradients() if any(want_tempnet) else []

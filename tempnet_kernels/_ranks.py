@@ -56,6 +56,26 @@ def all_gather(x, group):
     return gathered.view(group.size(), *x.shape)
 
 
+class SumOverRanks(torch.autograd.Function):
+    """The sum of every rank's ``x``, of which each rank then makes the same: so is its gradient,
+    which is that of every ``x``."""
+
+    @staticmethod
+    def forward(x, group):
+        return all_sum_(x.clone(), group)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+sum_over_ranks = torch.compiler.disable(SumOverRanks.apply)
+
+
 def meet(function, group, image, text, **same):
     """:class:`Ranks` of ``group``; None for one process. ``image [m, D]`` and ``text [n, D]`` are
     this rank's; ``same`` are numbers, or functions that return one, which must be equal on all
@@ -132,8 +152,13 @@ def all_sum(x, ranks):
 
 @torch.compiler.disable
 def _all_sum(x, ranks):
-    x = x.clone()
-    dist.all_reduce(x, group=ranks.group)
+    return all_sum_(x.clone(), ranks.group)
+
+
+def all_sum_(x, group):
+    """``x`` becomes the sum over the ranks."""
+    if group is not None:
+        dist.all_reduce(x, group=group)
     return x
 
 

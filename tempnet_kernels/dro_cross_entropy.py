@@ -50,6 +50,7 @@ class TokenStats(NamedTuple):
     kl: torch.Tensor  # KL(p || uniform) = log V - entropy, in nats
     log_prob: torch.Tensor  # log p of the target
     argmax: torch.Tensor  # int64, the first column that holds the largest logit
+    tau: torch.Tensor  # the temperature
 
 
 def accumulation_dtype(dtype):
@@ -366,7 +367,7 @@ def dro_cross_entropy(
         loss = loss + 0 / total.detach()  # the mean over nothing is NaN
     if not return_stats:
         return loss
-    return loss, token_stats(rows, argmax, vocab_size, target.shape)
+    return loss, token_stats(rows, argmax, rows_tau, vocab_size, target.shape)
 
 
 def check_arguments(
@@ -479,8 +480,9 @@ def _storage_to_overwrite(name, logits, reduction):
     return base, stride
 
 
-def token_stats(rows, argmax, vocab_size, shape):
+def token_stats(rows, argmax, tau, vocab_size, shape):
     lse = (rows[M] + rows[LOG2_S]) * math.log(2)
     kl = math.log(vocab_size) - rows[ENTROPY]
-    per_row = (lse, rows[ENTROPY], kl, rows[LOG_PROB], argmax)
+    tau = torch.where(rows[M].isnan(), torch.nan, tau.detach())
+    per_row = (lse, rows[ENTROPY], kl, rows[LOG_PROB], argmax, tau)
     return TokenStats(*(value.reshape(shape) for value in per_row))

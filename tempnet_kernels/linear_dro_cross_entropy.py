@@ -4,8 +4,8 @@ function.
 With z = W h + b for a row h, and tau given or predicted by a TempNet from z, the loss is that of
 :mod:`tempnet_kernels.dro_cross_entropy`. A chunk of rows at a time: logits, temperatures, loss, the
 logits' gradient in their place, then d hidden = dz W and d weight += dz^T h. Three matrix products,
-nothing is computed twice. The TempNet's first layer is folded into the linear one: W1 z = (W1 W) h +
-W1 b, a product of width D instead of V.
+nothing is computed twice. The TempNet's first layer is folded into the linear one: W1 z =
+(W1 W) h + W1 b, a product of width D instead of V.
 """
 
 import functools
@@ -13,7 +13,7 @@ import math
 
 import torch
 
-from tempnet_kernels import _register
+from tempnet_kernels import _linear, _register
 from tempnet_kernels._checks import (
     check_has_float64,
     check_like,
@@ -21,6 +21,8 @@ from tempnet_kernels._checks import (
     temperatures,
 )
 from tempnet_kernels._products import unit_of
+from tempnet_kernels._ranks import several
+from tempnet_kernels._vocabulary import columns_of
 from tempnet_kernels.dro_cross_entropy import (
     GRAD_TAU,
     LOSS,
@@ -98,6 +100,13 @@ _register.load_native()
 _op = _register.operator
 
 
+def _fwd(backend, group, *args):
+    if group is None:
+        return _op("linear_dro_cross_entropy_fwd", backend)(*args)
+    with torch.autocast(args[0].device.type, enabled=False):  # as an operator is called
+        return _linear.linear_dro_cross_entropy_fwd(backend, *args, group)
+
+
 class _LinearDROCrossEntropy(torch.autograd.Function):
     """(hidden, weight, bias, tau, scale, TempNet) -> the sum of scale * loss, or with ``each_row``
     scale * loss [N]; rows, argmax and temperatures without a gradient."""
@@ -105,15 +114,13 @@ class _LinearDROCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(
         hidden, weight, bias, tau, scale, target, keep, options, wants, want_argmax, each_row,
-        backend, *tempnet,
+        backend, group, *tempnet,
     ):  # fmt: skip
         # The gradients of each row's loss are made in the backward, which knows their factors.
         now = [wanted and not each_row for wanted in wants]
-        loss, rows, argmax, taus, *grads, grads_tempnet = _op(
-            "linear_dro_cross_entropy_fwd", backend
-        )(
-            hidden, weight, bias, target, tau, scale, list(tempnet), keep, *options, now,
-            want_argmax,
+        loss, rows, argmax, taus, *grads, grads_tempnet = _fwd(
+            backend, group, hidden, weight, bias, target, tau, scale, list(tempnet), keep, *options,
+            now, want_argmax,
         )  # fmt: skip
         return loss if each_row else loss.sum(), rows, argmax, taus, *grads, *grads_tempnet
 
@@ -121,7 +128,7 @@ class _LinearDROCrossEntropy(torch.autograd.Function):
     def setup_context(ctx, inputs, output):
         (
             hidden, weight, bias, tau, scale, target, keep, ctx.options, ctx.wants, _, ctx.each_row,
-            ctx.backend, *tempnet,
+            ctx.backend, ctx.group, *tempnet,
         ) = inputs  # fmt: skip
         _, rows, argmax, taus, *grads = output
         ctx.mark_non_differentiable(rows, argmax, taus, *grads)
@@ -142,16 +149,14 @@ class _LinearDROCrossEntropy(torch.autograd.Function):
         if ctx.each_row:
             hidden, weight, bias, tau, target, keep, *tempnet = grads
             factor, row_scale = scale.new_ones(()), grad_loss * scale
-            *_, grad_hidden, grad_weight, grad_bias, grads_tempnet = _op(
-                "linear_dro_cross_entropy_fwd", ctx.backend
-            )(
-                hidden, weight, bias, target, tau, row_scale, tempnet, keep, *ctx.options,
-                ctx.wants, False,
+            *_, grad_hidden, grad_weight, grad_bias, grads_tempnet = _fwd(
+                ctx.backend, ctx.group, hidden, weight, bias, target, tau, row_scale, tempnet, keep,
+                *ctx.options, ctx.wants, False,
             )  # fmt: skip
             grads = [grad_hidden, grad_weight, grad_bias, *grads_tempnet]
         unit = unit_of(row_scale) if ctx.dtypes[0] == torch.float16 else 1
         factors = [factor * unit] * 3 + [factor] * (len(grads) - 3)
-        wanted = (*needed[:3], *needed[12:])
+        wanted = (*needed[:3], *needed[13:])
         finished = [
             _times(grad, by, dtype, ctx.backend) if want else None
             for grad, by, dtype, want in zip(grads, factors, ctx.dtypes, wanted, strict=False)
@@ -159,7 +164,11 @@ class _LinearDROCrossEntropy(torch.autograd.Function):
         finished += [None] * (len(wanted) - len(finished))  # no gradient of the TempNet is wanted
         grad_tau = grad_loss * rows[GRAD_TAU] if needed[3] else None
         grad_scale = grad_loss * rows[LOSS] if needed[4] else None
-        return *finished[:3], grad_tau, grad_scale, *[None] * 7, *finished[3:]
+        return *finished[:3], grad_tau, grad_scale, *[None] * 8, *finished[3:]
+
+
+# A graph of torch.compile breaks here: it has no collectives.
+_apply_across_ranks = torch.compiler.disable(_LinearDROCrossEntropy.apply)
 
 
 def _times(grad, factor, dtype, backend):
@@ -189,6 +198,7 @@ def linear_dro_cross_entropy(
     chunk_rows=None,
     drop_ignored=None,
     return_stats=False,
+    process_group=None,
     backend="auto",
 ):
     r"""Distributionally robust cross entropy of ``z = hidden @ weight.T + bias``, without holding
@@ -222,7 +232,14 @@ def linear_dro_cross_entropy(
         drop_ignored: leave ignored rows out of the matrix products. None: on a CPU only, since the
             number of rows is then known to the host, which on a GPU waits for it.
         return_stats: also return :class:`tempnet_kernels.TokenStats`.
-        backend: "auto", "native", "triton" or "reference", which holds all logits.
+        process_group: the processes that share the vocabulary, each with as many rows of weight
+            (and of bias), in the order of the ranks; see :func:`tempnet_kernels.dro_cross_entropy`.
+            A tempnet must be sharded over it (:meth:`tempnet_kernels.nn.TempNet.shard`). All else
+            is the same on every rank, and so are the loss and the gradients of hidden, tau,
+            row_weight and the rest of the TempNet. Exchanged are 28 bytes per row, 16 more with a
+            TempNet, and the sum of the hidden gradient; once per call the folded first layer
+            ``[H, D]``, or for every row the ``[H]`` outputs of one that is not folded.
+        backend: "auto", "native", "triton" or "reference", which holds all logits of one process.
 
     Returns:
         The loss in float32 (float64 for float64), 0-d or of the target's shape; with
@@ -237,26 +254,33 @@ def linear_dro_cross_entropy(
 
     Source: arXiv 2404.04575; official code ``GPT-2/megatron/model/tempnet.py``.
     """
-    call = functools.partial(
-        _loss, hidden, weight, target, tau, rho, bias, row_weight, normalizer, ignore_index,
-        label_smoothing, z_loss, reduction, softcap, chunk_rows, drop_ignored, return_stats,
-        backend,
-    )  # fmt: skip
+    return loss_and_temperatures(
+        hidden, weight, target, tempnet, tau=tau, rho=rho, bias=bias, row_weight=row_weight,
+        normalizer=normalizer, ignore_index=ignore_index, label_smoothing=label_smoothing,
+        z_loss=z_loss, reduction=reduction, softcap=softcap, chunk_rows=chunk_rows,
+        drop_ignored=drop_ignored, return_stats=return_stats, process_group=process_group,
+        backend=backend,
+    )[0]  # fmt: skip
+
+
+def loss_and_temperatures(hidden, weight, target, tempnet, **options):
+    """(the public function's result, temperatures of the target's shape)."""
+    call = functools.partial(_loss, hidden, weight, target, **options)
     if tempnet is None:
-        return call(None)[0]
+        return call(None)
     if not isinstance(tempnet, TempNet):
         raise TypeError(
             f"linear_dro_cross_entropy: tempnet must be a TempNet, got {type(tempnet).__name__}"
         )
-    return tempnet(inside=call)[0]
+    return tempnet(inside=call)
 
 
 def _loss(
-    hidden, weight, target, tau, rho, bias, row_weight, normalizer, ignore_index, label_smoothing,
-    z_loss, reduction, softcap, chunk_rows, drop_ignored, return_stats, backend, tempnet,
+    hidden, weight, target, tempnet, *, rho, bias=None, tau=1.0, row_weight=None, normalizer=None,
+    ignore_index=-100, label_smoothing=0.0, z_loss=0.0, reduction="mean", softcap=None,
+    chunk_rows=None, drop_ignored=None, return_stats=False, process_group=None, backend="auto",
 ):  # fmt: skip
-    """(the public function's result, temperatures of the target's shape), within the forward of
-    ``tempnet``."""
+    """Within the forward of ``tempnet``."""
     name = "linear_dro_cross_entropy"
     for argument, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
         if not isinstance(value, torch.Tensor) and (argument != "bias" or bias is not None):
@@ -270,7 +294,8 @@ def _loss(
         name, hidden, target, row_weight, normalizer, label_smoothing, z_loss, reduction,
         ("hidden", "D"),
     )  # fmt: skip
-    _check_layer(name, hidden, weight, bias, tau, softcap, chunk_rows, tempnet)
+    group = None if process_group is None else several(name, process_group)
+    _check_layer(name, hidden, weight, bias, tau, softcap, chunk_rows, tempnet, group)
     v, d = weight.shape
     acc = accumulation_dtype(hidden.dtype)
     chosen = _register.pick(name, "row_moments", backend, AUTO, device)
@@ -302,16 +327,18 @@ def _loss(
         float(rho), ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0),
         *bounds, center, fold, chunk_rows, drop_ignored,
     )  # fmt: skip
-    loss, rows, argmax, taus, *_ = _LinearDROCrossEntropy.apply(
+    apply = _LinearDROCrossEntropy.apply if group is None else _apply_across_ranks
+    loss, rows, argmax, taus, *_ = apply(
         flat, weight, bias, rows_tau, scale, rows_target, keep, options, wants, return_stats,
-        reduction == "none", chosen, *tensors,
+        reduction == "none", chosen, group, *tensors,
     )  # fmt: skip
     if reduction == "none":
         loss = loss.reshape(target.shape)
     if total is not None:
         loss = loss + 0 / total.detach()  # the mean over nothing is NaN
-    taus = taus.reshape(target.shape)
-    return (loss, token_stats(rows, argmax, v, target.shape)) if return_stats else loss, taus
+    if return_stats:
+        loss = loss, token_stats(rows, argmax, taus, columns_of(v, group)[1], target.shape)
+    return loss, taus.reshape(target.shape)
 
 
 def folding_pays(n, v, d):
@@ -319,7 +346,7 @@ def folding_pays(n, v, d):
     return d * (n + v) < n * v
 
 
-def _check_layer(name, hidden, weight, bias, tau, softcap, chunk_rows, tempnet):
+def _check_layer(name, hidden, weight, bias, tau, softcap, chunk_rows, tempnet, group):
     d = hidden.shape[-1]
     if weight.dim() != 2 or weight.shape[1] != d or not weight.shape[0]:
         raise ValueError(
@@ -339,9 +366,14 @@ def _check_layer(name, hidden, weight, bias, tau, softcap, chunk_rows, tempnet):
         return
     if isinstance(tau, torch.Tensor) or tau != 1.0:
         raise ValueError(f"{name}: tau must be left out where a tempnet predicts it, got {tau}")
-    if tempnet.vocab_size != weight.shape[0]:
+    if tempnet.process_group is not group:
         raise ValueError(
-            f"{name}: tempnet must be for the {weight.shape[0]} rows of weight, "
+            f"{name}: tempnet must be sharded over process_group, by tempnet.shard(process_group)"
+        )
+    vocab_size = columns_of(weight.shape[0], group)[1]
+    if tempnet.vocab_size != vocab_size:
+        raise ValueError(
+            f"{name}: tempnet must be for the {vocab_size} rows of weight, "
             f"got one for {tempnet.vocab_size}"
         )
     w1 = tempnet.proj[0].weight

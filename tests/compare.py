@@ -1,8 +1,12 @@
 """The bound of every comparison is computed from the data, never chosen (docs/numerics.md)."""
 
+import contextlib
+import functools
 import math
+from unittest import mock
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 
 def definition(logits, target, tau, rho=0.0, *, label_smoothing=0.0, z_loss=0.0, ignore_index=-100):
@@ -60,3 +64,20 @@ def assert_graph_replays(step):
     graph.replay()
     for got, expected in zip(captured, eager, strict=True):
         assert torch.equal(got, expected)
+
+
+@contextlib.contextmanager
+def counted_flops(module, *loops):
+    """The floating-point operations of the matrix products in these functions of ``module``, in a
+    list. They run within an operator, where a counter around the call does not see them."""
+    flops = []
+
+    def counted(loop, *args):
+        with FlopCounterMode(display=False) as counter:
+            result = loop(*args)
+        flops.append(counter.get_total_flops())
+        return result
+
+    replaced = {name: functools.partial(counted, getattr(module, name)) for name in loops}
+    with mock.patch.multiple(module, **replaced):
+        yield flops

@@ -14,20 +14,24 @@ from triton.compiler import ASTSource
 
 from tempnet_kernels.triton import dro_contrastive as contrastive
 from tempnet_kernels.triton import dro_cross_entropy as token
+from tempnet_kernels.triton import linear_dro_cross_entropy as linear
+from tempnet_kernels.triton import optimal_temperature as temperature
+from tempnet_kernels.triton import tempered_softmax as softmax
 
 VOCABULARIES = (32000, 50304, 128256, 262144, 50257)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 POINTERS = {
     "logits_ptr": "*{dtype}", "grad_ptr": "*{dtype}", "weights_ptr": "*{dtype}",
     "target_ptr": "*i64", "argmax_ptr": "*i64", "positive_ptr": "*i64", "ids_ptr": "*i32",
-    "mask_ptr": "*i1",
+    "mask_ptr": "*i1", "iterations_ptr": "*i32",
+    "out_ptr": "*{dtype}", "upstream_ptr": "*{dtype}",
 }  # the others: *fp32  # fmt: skip
-FLOATS = ("rho", "log_v", "label_smoothing", "z_loss")
-ONES = ("target_stride", "tau_stride", "scale_stride")
+FLOATS = ("rho", "log_v", "label_smoothing", "z_loss", "tau_min", "tau_max")
+ONES = ("target_stride", "tau_stride", "scale_stride", "rho_stride")
 # Multiples of 16 where the launch is aligned.
 ALIGNED = (
     "v", "logits_stride", "grad_stride", "weights_stride", "stride", "width", "row_begin",
-    "column_begin",
+    "column_begin", "upstream_stride",
 )  # fmt: skip
 
 
@@ -48,6 +52,14 @@ def token_loss():
                 yield f"V={v}", kernel, {"BLOCK": token.ELEMENTWISE_BLOCK}, 8, *end
 
 
+def optimal_temperature():
+    for v in VOCABULARIES:
+        for dtype in ("bf16", "fp32"):
+            held, block, num_warps = temperature.config(v)
+            flags = {"HELD": held, "BLOCK": block}
+            yield f"V={v}", temperature.temperature_kernel, flags, num_warps, dtype, v % 16 == 0
+
+
 def contrastive_loss():
     num_warps = contrastive.NUM_WARPS
     for vec, ids, mask in product((4, 1), (False, True), (False, True)):
@@ -61,6 +73,32 @@ def contrastive_loss():
             weights = {**flags, **contrastive.WEIGHTS}
             for dtype in ("fp32", "bf16"):
                 yield begin, contrastive.weights_kernel, weights, num_warps, dtype, aligned
+
+
+def linear_loss():
+    for dtype in ("fp32", "bf16", "fp16"):
+        for center in (False, True):
+            flags = {"CENTER": center, "BLOCK": linear.BLOCK}
+            yield "V=128256", linear.moments_kernel, flags, linear.NUM_WARPS, dtype, True
+
+
+def tempered_softmax():
+    for v in VOCABULARIES:
+        for dtype, log in product(("bf16", "fp32"), (False, True)):
+            end = (dtype, v % 16 == 0)
+            one_pass, block, num_warps = softmax.config(v, "forward")
+            flags = {"LOG": log, "ONE_PASS": one_pass, "BLOCK": block}
+            yield f"V={v}", softmax.forward_kernel, flags, num_warps, *end
+            one_pass, block, num_warps = softmax.config(v, "backward")
+            for want in (True, False):
+                flags = {"LOG": log, "WANT_GRAD": want, "ONE_PASS": one_pass, "BLOCK": block}
+                yield f"V={v}", softmax.backward_kernel, flags, num_warps, *end
+    # The longest rows that are held in registers.
+    for dtype, log in product(("bf16", "fp32"), (False, True)):
+        most = softmax.ONE_PASS_COLUMNS["backward"]
+        one_pass, block, num_warps = softmax.config(most, "backward")
+        flags = {"LOG": log, "WANT_GRAD": True, "ONE_PASS": one_pass, "BLOCK": block}
+        yield "V=32000", softmax.backward_kernel, flags, num_warps, dtype, True
 
 
 def source(kernel, constexprs, dtype, aligned):
@@ -112,8 +150,9 @@ def compile_one(target, kernel, constexprs, num_warps, dtype, aligned):
     return {
         "registers": registers,
         "spills": local + stack,
-        "exponentials": exponentials or kernel is token.scale_kernel,
+        "exponentials": exponentials or kernel in (token.scale_kernel, linear.moments_kernel),
         "clamped_exponentials": bounded,
+        "exact_divisions": len(re.findall(r"div\.rn\.f32", ptx)),
         "atomics": bool(re.search(r"^\s*(?:@\S+\s+)?(?:atom|red)\.", ptx, re.M)),
     }
 
@@ -121,7 +160,7 @@ def compile_one(target, kernel, constexprs, num_warps, dtype, aligned):
 def main(architecture):
     target = GPUTarget("cuda", architecture, 32)
     report, seen = [], {}
-    for op in (token_loss, contrastive_loss):
+    for op in (token_loss, contrastive_loss, linear_loss, tempered_softmax, optimal_temperature):
         for shape, kernel, constexprs, *rest in op():
             # Only a shape that changes what is compiled is compiled again.
             key = (kernel.fn.__name__, *constexprs.values(), *rest)

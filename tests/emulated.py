@@ -149,11 +149,58 @@ class Operators:
         params |= {"begin": begin, "vocab_size": vocab_size}
         self.module.backward(_name(logits), params)
 
+    def row_moments(self, logits, center):
+        n, v = logits.shape
+        moments = torch.full((4, n), torch.nan)
+        params = {"n": n, "v": v, "logits": logits.data_ptr(), "stride": logits.stride(0)}
+        params["moments"] = moments.data_ptr()
+        self.module.row_moments(_name(logits), params, center)
+        return moments
+
     def scale_rows_(self, grad, scale):
         unused = torch.zeros(1, dtype=torch.int64)
         params = self._params(grad, grad, unused, scale, scale, scale, 0)
         self.module.scale(_name(grad), params)
         torch.autograd.graph.increment_version(grad)
+
+
+class SoftmaxOperators:
+    """Stands for the operators of the tempered softmax, as ``Operators`` does. ``plan``: all of
+    twice, cluster, threads and slice, or nothing."""
+
+    def __init__(self, module, arch=90, **plan):
+        self.module, self.arch, self.plan = module, arch, plan
+        self.launched = []
+
+    def __call__(self, name, backend):
+        return getattr(self, name)
+
+    def _launch(self, logits, tau, rows, log, out, grad_output=None, grad_tau=None):
+        params = {
+            "n": logits.shape[0], "v": logits.shape[1], "log": log, "run": True,
+            "logits": logits.data_ptr(), "logits_stride": logits.stride(0),
+            "grad_output": 0 if grad_output is None else grad_output.data_ptr(),
+            "grad_output_stride": 0 if grad_output is None else grad_output.stride(0),
+            "out": 0 if out is None else out.data_ptr(),
+            "tau": tau.data_ptr(), "tau_stride": tau.stride(0), "rows": rows.data_ptr(),
+            "grad_tau": 0 if grad_tau is None else grad_tau.data_ptr(),
+        }  # fmt: skip
+        plan = self.module.tempered_softmax(_name(logits), params, self.arch, self.plan)
+        self.launched.append(plan)
+
+    def tempered_softmax_fwd(self, logits, tau, log):
+        output = torch.empty(logits.shape, dtype=logits.dtype)
+        rows = torch.full((3, logits.shape[0]), torch.nan)
+        self._launch(logits, tau, rows, log, output)
+        return output, rows
+
+    def tempered_softmax_bwd(self, logits, tau, rows, grad_output, log, want_grad_logits):
+        n, v = logits.shape
+        grad_logits = torch.empty((n if want_grad_logits else 0, v), dtype=logits.dtype)
+        grad_tau = torch.full((n,), torch.nan)
+        out = grad_logits if want_grad_logits else None
+        self._launch(logits, tau, rows, log, out, grad_output, grad_tau)
+        return grad_logits, grad_tau
 
 
 class ContrastiveOperators:
@@ -191,6 +238,30 @@ class ContrastiveOperators:
         params = self._tile(rows, columns, similarity, *options, (row_begin, column_begin))
         params |= {"weights": weights.data_ptr(), "weights_stride": weights.stride(0)}
         self.module.similarity_weights(_name(weights), params)
+
+
+class TemperatureOperators:
+    """Stands for the operator of the optimal temperature, as ``Operators`` does. Without ``hold``
+    no row stays in registers."""
+
+    def __init__(self, module, hold=True):
+        self.module, self.hold = module, hold
+
+    def __call__(self, name, backend):
+        return getattr(self, name)
+
+    def optimal_temperature(self, logits, rho, tau_min, tau_max):
+        n, v = logits.shape
+        tau, kl = torch.full((2, n), torch.nan)
+        iterations = torch.full((n,), -7, dtype=torch.int32)
+        params = {
+            "n": n, "v": v, "logits": logits.data_ptr(), "logits_stride": logits.stride(0),
+            "rho": rho.data_ptr(), "rho_stride": rho.stride(0),
+            "tau_min": tau_min, "tau_max": tau_max,
+            "tau": tau.data_ptr(), "kl": kl.data_ptr(), "iterations": iterations.data_ptr(),
+        }  # fmt: skip
+        self.module.optimal_temperature(_name(logits), params, self.hold)
+        return tau, kl, iterations
 
 
 def _name(tensor):

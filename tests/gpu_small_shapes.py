@@ -3,7 +3,14 @@
 import torch
 from test_dro_cross_entropy import CUDA_SHAPES
 
-from tempnet_kernels import _similarity, dro_contrastive, dro_cross_entropy
+from tempnet_kernels import (
+    _similarity,
+    dro_contrastive,
+    dro_cross_entropy,
+    linear_dro_cross_entropy,
+    optimal_temperature,
+)
+from tempnet_kernels.nn import TempNet
 
 
 def run(wide, target, tau, v, first, **options):
@@ -36,6 +43,20 @@ def contrastive(dtype):
         )
 
 
+def linear(dtype):
+    for v, center in ((33, None), (4100, "max")):
+        hidden = torch.randn(70, 24, device="cuda").to(dtype).requires_grad_()
+        weight = torch.randn(v, 24, device="cuda").to(dtype).requires_grad_()
+        target = torch.randint(0, v, (70,), device="cuda")
+        net = TempNet(v, center=center).cuda()
+        for softcap in (None, 5.0):
+            loss = linear_dro_cross_entropy(
+                hidden, weight, target, tempnet=net, softcap=softcap, chunk_rows=32,
+                backend="native",
+            )  # fmt: skip
+            loss.backward()
+
+
 def main():
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         for n, v, first in CUDA_SHAPES:
@@ -46,7 +67,9 @@ def main():
             run(wide, target, tau, v, first)
             run(wide, target, tau, v, first, reduction="none", return_stats=True)
             run(wide, target, tau, v, first, label_smoothing=0.1, z_loss=1e-3)
+            optimal_temperature(wide[:, first : first + v], 0.5, 0.1, 9, backend="native")
         contrastive(dtype)
+        linear(dtype)
         torch.cuda.synchronize()
         print(dtype, "done")
 

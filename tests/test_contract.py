@@ -78,6 +78,19 @@ def test_minus_inf_logits_have_no_weight_and_no_gradient(backend, dtype, device)
     assert (grad[logits == -INF] == 0).all() and grad_tau.isfinite().all()
 
 
+@pytest.mark.parametrize("mask", [-1e9, -1e10, -1e25])
+def test_a_part_of_a_row_masked_by_a_finite_number_is_as_good_as_minus_inf(backend, mask, device):
+    logits = torch.randn(2, 9000, device=device)
+    masked = torch.arange(9000, device=device) < 5000
+    target = torch.tensor([8000, 5000], device=device)
+    tau = torch.tensor([0.3, 2.0], device=device)
+    got, clean = (
+        run(logits.masked_fill(masked, x), target, tau, backend=backend) for x in (mask, -INF)
+    )
+    for g, c in zip(got, clean, strict=True):
+        assert torch.equal(g, c) and g.isfinite().all()
+
+
 def test_minus_inf_target_gives_inf_loss(backend, device):
     logits = torch.randn(2, 9, device=device)
     logits[0, 4] = -INF

@@ -13,6 +13,13 @@ import torch
 ROOT = Path(__file__).parents[1]
 NVCC = shutil.which("nvcc")
 ARCHITECTURES = ("80", "90a")
+SOURCES = (
+    "dro_cross_entropy",
+    "dro_contrastive",
+    "linear_dro_cross_entropy",
+    "tempered_softmax",
+    "optimal_temperature",
+)
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the PATH: not compiled")
 # kMode and kRead of the kernels that a training step launches on rows that begin on 16 bytes, or
 # that are read twice. The others hold more: argmax, label smoothing, edges of a row.
@@ -34,7 +41,8 @@ def compile_for(architecture, source, directory):
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     pattern = re.compile(
-        r"Compiling entry function '\w*?device(?:11contrastive)?\d+(\w+?_kernel)I(\w+?)v"
+        r"Compiling entry function '\w*?device(?:\d+(?:contrastive|linear|softmax))?"
+        r"\d+(\w+?_kernel)I(\w+?)v"
         r"NS\d_\d+\w*ParamsE'.*?"
         r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
         re.S,
@@ -67,7 +75,7 @@ def token_loss(compiled):
 def compiled(tmp_path_factory):
     """{source: {architecture: what compile_for returns}}"""
     directory = tmp_path_factory.mktemp("cuda")
-    wanted = [(s, a) for s in ("dro_cross_entropy", "dro_contrastive") for a in ARCHITECTURES]
+    wanted = [(s, a) for s in SOURCES for a in ARCHITECTURES]
     with ThreadPoolExecutor() as pool:
         results = pool.map(lambda w: compile_for(w[1], w[0], directory), wanted)
     compiled = dict(zip(wanted, results, strict=True))
@@ -114,3 +122,30 @@ def test_contrastive_kernels_do_not_spill(compiled, architecture):
     for kernel, arguments, registers, spilled in kernels:
         # 256 threads x 128 registers: two CTAs fit on a multiprocessor.
         assert (registers <= 128, spilled) == (True, 0), (kernel, arguments, registers)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_moments_kernels_do_not_spill(compiled, architecture):
+    kernels = compiled["linear_dro_cross_entropy", architecture]
+    assert len({arguments for _, arguments, *_ in kernels}) == 3 * 2  # types, center
+    for kernel, arguments, registers, spilled in kernels:
+        assert (registers <= 64, spilled) == (True, 0), (kernel, arguments, registers)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_tempered_softmax_holds_a_row_without_a_spill(compiled, architecture):
+    kernels = compiled["tempered_softmax", architecture]
+    # forward and backward: 3 types, in registers and read twice.
+    assert len({(kernel, arguments) for kernel, arguments, *_ in kernels}) == 6 + 6
+    for kernel, arguments, registers, spilled in kernels:
+        assert (registers <= 64, spilled) == (True, 0), (kernel, arguments, registers)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_of_the_optimal_temperature_do_not_spill(compiled, architecture):
+    kernels = compiled["optimal_temperature", architecture]
+    # 3 types, in registers or read again.
+    assert len({(kernel, arguments) for kernel, arguments, *_ in kernels}) == 6
+    for kernel, arguments, registers, spilled in kernels:
+        # 1024 threads x 64 registers are a multiprocessor's.
+        assert (registers <= 64, spilled) == (True, 0), (kernel, arguments, registers)

@@ -1,7 +1,5 @@
 """The contrastive loss on several gloo processes against one process and the definition."""
 
-import contextlib
-import functools
 import os
 from unittest import mock
 
@@ -9,8 +7,8 @@ import contrastive
 import pytest
 import torch
 import torch.nn.functional as F
+from compare import counted_flops
 from processes import EVEN, UNEVEN, error_of
-from torch.utils.flop_counter import FlopCounterMode
 
 from tempnet_kernels import ContrastiveStats, _similarity, dro_contrastive
 from tempnet_kernels.nn import RobustContrastiveLoss
@@ -215,28 +213,9 @@ def test_a_group_of_some_ranks_of_the_world(gloo):
 # Work of a rank.
 
 
-@contextlib.contextmanager
-def counted_products():
-    """The floating-point operations of the loss's matrix products, in a list. They run within an
-    operator, where a counter around the call does not see them."""
-    flops, own = [], {name: getattr(_similarity, name) for name in ("_multiply", "_add_product")}
-
-    def count(product, *args):
-        with FlopCounterMode(display=False) as counter:
-            result = product(*args)
-        flops.append(counter.get_total_flops())
-        return result
-
-    for name, product in own.items():
-        setattr(_similarity, name, functools.partial(count, product))
-    yield flops
-    for name, product in own.items():
-        setattr(_similarity, name, product)
-
-
 def work(group, b):
     image, text = contrastive.features(b // group.size(), 64)
-    with counted_products() as flops:
+    with counted_flops(_similarity, "dro_contrastive_stats", "dro_contrastive_grad") as flops:
         dro_contrastive(image, text, 0.1, 0.1, process_group=group).backward()
     return sum(flops)
 

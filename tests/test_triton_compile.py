@@ -60,3 +60,9 @@ def test_exponent_is_not_clamped_before_the_exponential(compiled):
 
 def test_no_atomics(compiled):
     assert not any(kernel["atomics"] for kernel in compiled)
+
+
+def test_optimal_temperature_divides_exactly_where_kl_needs_it(compiled):
+    """1 / tau and the mean: the interpreter's / is exact, a GPU's errs by 2 ulp."""
+    kernels = [k for k in compiled if k["op"] == "optimal_temperature"]
+    assert kernels and all(k["exact_divisions"] == 2 for k in kernels)

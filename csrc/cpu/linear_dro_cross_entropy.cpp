@@ -58,8 +58,8 @@ struct MomentRows {
       Moments<T> total;
       for (int64_t j = 0; j < args.v; j += kSum) {
         const int64_t count = std::min(kSum, args.v - j);
-        const Moments<T> part = args.center ? moments<true>(z + j, count, shift)
-                                            : moments<false>(z + j, count, shift);
+        const Moments<T> part =
+            args.center ? moments<true>(z + j, count, shift) : moments<false>(z + j, count, shift);
         total.squares += part.squares;
         total.sum += part.sum;
         total.count += part.count;

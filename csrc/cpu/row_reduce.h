@@ -1,5 +1,5 @@
-// What the operators on rows of logits share on the CPU: the state of online_softmax.h of a block of
-// columns, and loops over rows for every dtype.
+// What the operators on rows of logits share on the CPU: the state of online_softmax.h of a block
+// of columns, and loops over rows for every dtype.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -88,7 +88,8 @@ struct Types {
 };
 
 template <class F>
-void for_dtype(const char* function, const char* argument, const torch::stable::Tensor& tensor, F f) {
+void for_dtype(const char* function, const char* argument, const torch::stable::Tensor& tensor,
+               F f) {
   using torch::headeronly::ScalarType;
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
@@ -113,9 +114,8 @@ Strided<const T> strided(const torch::stable::Tensor& tensor) {
 template <class Rows, class Args>
 void run_parallel(const Args& args, int64_t n, int64_t v) {
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, v));
-  torch::stable::parallel_for(0, n, grain, [&](int64_t begin, int64_t end) {
-    run_rows<Rows>(args, begin, end);
-  });
+  torch::stable::parallel_for(
+      0, n, grain, [&](int64_t begin, int64_t end) { run_rows<Rows>(args, begin, end); });
 }
 
 }  // namespace tempnet

@@ -17,11 +17,6 @@ struct Plan {
   int slice;    // columns per CTA
 };
 
-// A slice of whole 128-byte lines.
-inline int lines(int columns, int itemsize) {
-  return divide_up(columns * itemsize, 128) * (128 / itemsize);
-}
-
 // arch: 80 for compute capability 8.0. aligned: see forward_kernel. Limits as measured on an H100
 // (benchmarks/NOTES.md).
 inline Plan plan_forward(int64_t n, int v, int itemsize, bool aligned, int arch,
@@ -68,11 +63,6 @@ auto forward_kernel(Kernel kernel, bool aligned) -> void (*)(Params) {
     default:
       return split_kernel<Z, kMode>;
   }
-}
-
-template <class Z>
-bool aligned_rows(const void* base, int64_t stride) {
-  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride * int64_t(sizeof(Z)) % 16 == 0;
 }
 
 template <class Z>

@@ -207,33 +207,40 @@ TEMPNET_DEVICE void begin_merge() {
   cluster_arrive_relaxed();
 }
 
-// The merge over the warps of a CTA, or of a cluster of them, in every thread. Every read of the
-// row's logits by this CTA comes before its end.
+// Every warp's record, which its lane 0 holds (over a cluster every lane), in every CTA's shared
+// memory, in the order of the warps. Every read of the row by this CTA comes before its end.
 template <bool kHasExtras>
-TEMPNET_DEVICE void merge_warps(Partial& p, Extras* extras, float a) {
+TEMPNET_DEVICE const float4* exchange_records(const float4 (&record)[kRecord<kHasExtras>]) {
   const auto [barrier, records] = shared_records();
   const int warp = threadIdx.x / kWarp, lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-  warp_merge(p, extras, a);
   float4* own = records + (int(cluster_rank()) * warps + warp) * kRecord<kHasExtras>;
-  const float4 part{p.zmax, p.s, p.sx, p.z_y};
-  float4 rest{0, 0, 0, 0};
-  if (kHasExtras) {
-    rest = float4{extras->su, extras->count, bits_to_float(uint32_t(extras->argmax)), 0};
-  }
   if (cluster_size() == 1) {
     if (lane == 0) {
-      own[0] = part;
-      if (kHasExtras) own[1] = rest;
+#pragma unroll
+      for (int i = 0; i < kRecord<kHasExtras>; ++i) own[i] = record[i];
     }
     __syncthreads();
   } else {
     cluster_wait();  // every CTA has begun: its barrier is there
     if (lane < int(cluster_size())) {
-      store_remote(own, lane, part, barrier);
-      if (kHasExtras) store_remote(own + 1, lane, rest, barrier);
+#pragma unroll
+      for (int i = 0; i < kRecord<kHasExtras>; ++i) store_remote(own + i, lane, record[i], barrier);
     }
     mbarrier_wait(barrier, 0);
   }
+  return records;
+}
+
+// The merge over the warps of a CTA, or of a cluster of them, in every thread.
+template <bool kHasExtras>
+TEMPNET_DEVICE void merge_warps(Partial& p, Extras* extras, float a) {
+  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  warp_merge(p, extras, a);
+  float4 record[kRecord<kHasExtras>] = {{p.zmax, p.s, p.sx, p.z_y}};
+  if constexpr (kHasExtras) {
+    record[1] = float4{extras->su, extras->count, bits_to_float(uint32_t(extras->argmax)), 0};
+  }
+  const float4* records = exchange_records<kHasExtras>(record);
   // The largest first: then every record is moved once.
   const int count = int(cluster_size()) * warps;
   p = Partial{};

@@ -12,6 +12,11 @@ constexpr int kNoColumn = 0x7fffffff;
 
 inline int divide_up(int x, int y) { return (x + y - 1) / y; }
 
+// A slice of whole 128-byte lines.
+inline int lines(int columns, int itemsize) {
+  return divide_up(columns * itemsize, 128) * (128 / itemsize);
+}
+
 struct BFloat16 {
   uint16_t bits;
 };
@@ -147,6 +152,24 @@ struct Span {
     return !kEdges || reinterpret_cast<uintptr_t>(other + first) % 16 == 0;
   }
 
+  // The same columns of another row; 0 in those that do not belong to the span.
+  TEMPNET_DEVICE void load_from(const Z* other, bool aligned, int column,
+                                uint32_t (&words)[kWords]) const {
+    if (aligned && whole(column)) {
+      const uint4 v = *reinterpret_cast<const uint4*>(other + column);
+      words[0] = v.x, words[1] = v.y, words[2] = v.z, words[3] = v.w;
+      return;
+    }
+#pragma unroll
+    for (int w = 0; w < kWords; ++w) words[w] = 0;
+    if constexpr (kEdges) {
+#pragma unroll
+      for (int j = 0; j < kColumns<Z>; ++j) {
+        if (holds(column + j)) set_column<Z>(words, j, raw_bits(other[column + j]));
+      }
+    }
+  }
+
   TEMPNET_DEVICE void store(Z* to, bool aligned, int column,
                             const uint32_t (&words)[kWords]) const {
     if (aligned && whole(column)) {
@@ -163,6 +186,11 @@ struct Span {
     }
   }
 };
+
+template <class Z>
+bool aligned_rows(const void* base, int64_t stride) {
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride * int64_t(sizeof(Z)) % 16 == 0;
+}
 
 template <class Z>
 TEMPNET_DEVICE void fill(Z* row, int begin, int end, float value) {

@@ -2,7 +2,11 @@
 
 from tempnet_kernels.nn.contrastive_tempnet import ContrastiveTempNet
 from tempnet_kernels.nn.dro_contrastive import ContrastiveTemperatureStats, RobustContrastiveLoss
-from tempnet_kernels.nn.dro_cross_entropy import DROCrossEntropyLoss, TempNetCrossEntropyLoss
+from tempnet_kernels.nn.dro_cross_entropy import (
+    DROCrossEntropyLoss,
+    TempNetCausalLMLoss,
+    TempNetCrossEntropyLoss,
+)
 from tempnet_kernels.nn.tempnet import TemperatureStats, TempNet
 
 __all__ = [
@@ -11,6 +15,7 @@ __all__ = [
     "DROCrossEntropyLoss",
     "RobustContrastiveLoss",
     "TempNet",
+    "TempNetCausalLMLoss",
     "TempNetCrossEntropyLoss",
     "TemperatureStats",
 ]

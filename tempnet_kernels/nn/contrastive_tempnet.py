@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from tempnet_kernels._checks import check_integers, in_backward, temperature_bounds
+from tempnet_kernels._tempnet import hashed_dropout
 from tempnet_kernels.nn.tempnet import reshape_scalar
 
 
@@ -115,32 +116,11 @@ class ContrastiveTempNet(nn.Module):
                     "out of the checkpointed region, or pass new_mask=False"
                 )
             self.dropout_step += 1
-        rows = _mix(_mix(self.dropout_step + (self.seed << 32)) ^ ids)  # (B,)
-        columns = _mix(torch.arange(x.shape[1], device=x.device))  # (D,)
-        bits = rows.int()[:, None] + columns.int()  # (B, D), of the last round's 32 bits
-        bits ^= _shift_right(bits, 16)
-        bits *= -2048144789  # 0x85ebca6b
-        bits ^= _shift_right(bits, 13)
-        bits *= -1028477387  # 0xc2b2ae35
-        bits ^= _shift_right(bits, 16)
-        kept = bits >= int(self.dropout * 2**32) - 2**31
-        return x * kept.to(x.dtype).div_(1 - self.dropout)
+        key = self.dropout_step + (self.seed << 32)
+        return x * hashed_dropout(key, ids, x.shape[1], self.dropout, x.dtype)
 
     def extra_repr(self):
         return f"tau=[{self.tau_min}, {self.tau_max}], dropout={self.dropout}, seed={self.seed}"
-
-
-def _shift_right(x, count):
-    """A logical shift of int32."""
-    return (x >> count) & ((1 << (32 - count)) - 1)
-
-
-def _mix(x):
-    """A bijection of int64 whose output bits each depend on all input bits (the finaliser of
-    splitmix64); products wrap."""
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687  # 0xbf58476d1ce4e5b9
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685  # 0x94d049bb133111eb
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
 def _accept_official_layout(module, state_dict, prefix, *_):

@@ -1,9 +1,12 @@
 """The token loss as modules."""
 
+import torch
+import torch.nn.functional as F
 from torch import nn
 
 from tempnet_kernels._ranks import SharesGroup
 from tempnet_kernels.dro_cross_entropy import dro_cross_entropy
+from tempnet_kernels.linear_dro_cross_entropy import loss_and_temperatures
 from tempnet_kernels.nn.tempnet import TemperatureStats
 
 
@@ -47,32 +50,51 @@ class DROCrossEntropyLoss(SharesGroup, nn.Module):
         return ", ".join(f"{k}={v!r}" for k, v in {"rho": self.rho, **self.options}.items())
 
 
-class TempNetCrossEntropyLoss(nn.Module):
+class _PredictedTemperatures(nn.Module):
+    """Holds the TempNet, so that an optimizer, DDP and a checkpoint of this module see its
+    parameters, and the temperatures of the last batch."""
+
+    def __init__(self, tempnet):
+        super().__init__()
+        self.tempnet = tempnet
+        self._tau = None
+        self._live = None
+
+    @property
+    def process_group(self):
+        return getattr(self.tempnet, "process_group", None)
+
+    def temperature_stats(self):
+        """:class:`TemperatureStats` of the last batch, without waiting for a GPU."""
+        if self._tau is None:
+            name = type(self).__name__
+            raise RuntimeError(f"{name}: temperature_stats needs a forward first")
+        low, high = self.tempnet.tau_min, self.tempnet.tau_max
+        return TemperatureStats.of(self._tau, low, high, self._live)
+
+
+class TempNetCrossEntropyLoss(_PredictedTemperatures):
     """Token loss at the temperatures that ``tempnet`` predicts from the detached logits.
 
-    Holds the TempNet, so that an optimizer, DDP and a checkpoint of this module see its
-    parameters. The gradient of the logits is that of the loss at these temperatures; the TempNet
-    learns from d loss / d tau = rho - KL.
+    Holds the TempNet's parameters. The gradient of the logits is that of the loss at these
+    temperatures; the TempNet learns from d loss / d tau = rho - KL.
 
     Args:
         tempnet: a module from logits ``[..., V]`` to temperatures ``[...]``, with ``tau_min`` and
             ``tau_max``.
         rho: KL radius in nats.
-        options: the keywords of :class:`DROCrossEntropyLoss` but ``process_group``: the TempNet
-            reads whole rows.
+        options: the keywords of :class:`DROCrossEntropyLoss` but ``process_group``, which is that
+            of ``tempnet.shard``.
     """
 
     def __init__(self, tempnet, rho, **options):
-        super().__init__()
-        if options.get("process_group") is not None:
+        super().__init__(tempnet)
+        if "process_group" in options:
             raise ValueError(
-                "TempNetCrossEntropyLoss: process_group must be None, since the TempNet reads "
-                "whole rows of logits; pass its temperatures to dro_cross_entropy"
+                "TempNetCrossEntropyLoss: process_group is that of the tempnet, set by "
+                "tempnet.shard(process_group)"
             )
-        self.tempnet = tempnet
         self.loss = DROCrossEntropyLoss(rho, **options)
-        self._tau = None
-        self._live = None
 
     def forward(self, logits, target, *, row_weight=None, normalizer=None):
         """logits ``[..., V]``, target ``[...]`` -> the loss, or ``(loss, TokenStats)`` with
@@ -80,11 +102,74 @@ class TempNetCrossEntropyLoss(nn.Module):
         tau = self.tempnet(logits.detach())
         self._tau = tau.detach()
         self._live = target != self.loss.options["ignore_index"]
-        return self.loss(logits, target, tau, row_weight=row_weight, normalizer=normalizer)
+        return dro_cross_entropy(
+            logits, target, tau, self.loss.rho, row_weight=row_weight, normalizer=normalizer,
+            process_group=self.process_group, **self.loss.options,
+        )  # fmt: skip
 
-    def temperature_stats(self):
-        """:class:`TemperatureStats` of the last batch, without waiting for a GPU."""
-        if self._tau is None:
-            raise RuntimeError("TempNetCrossEntropyLoss: temperature_stats needs a forward first")
-        low, high = self.tempnet.tau_min, self.tempnet.tau_max
-        return TemperatureStats.of(self._tau, low, high, self._live)
+
+class TempNetCausalLMLoss(_PredictedTemperatures):
+    """Next-token loss of a causal language model, as a trainer of Hugging Face calls it.
+
+    Position t is scored on label t + 1, and the sum of the losses is divided by the number of
+    tokens of the whole batch, over all its micro-batches and ranks, where the trainer gives it.
+    With ``weight`` the inputs are hidden states and the logits are never held
+    (:func:`tempnet_kernels.linear_dro_cross_entropy`); without, they are logits.
+
+    Args:
+        tempnet: a :class:`TempNet` for V columns. Its parameters are this module's. Of a sharded
+            one the ``process_group`` is used: weight, bias or logits are then the rank's columns.
+        rho: KL radius in nats.
+        ignore_index: the label of tokens that do not count.
+        label_smoothing, z_loss, backend: as in :func:`tempnet_kernels.dro_cross_entropy`.
+        softcap, chunk_rows: as in :func:`tempnet_kernels.linear_dro_cross_entropy`; logits come
+            capped, from the model.
+    """
+
+    def __init__(
+        self, tempnet, rho, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None,
+        chunk_rows=None, backend="auto",
+    ):  # fmt: skip
+        super().__init__(tempnet)
+        self.rho = rho
+        self.softcap = softcap
+        self.chunk_rows = chunk_rows
+        self.options = {
+            "ignore_index": ignore_index,
+            "label_smoothing": label_smoothing,
+            "z_loss": z_loss,
+            "backend": backend,
+        }
+
+    def forward(
+        self, inputs, labels, num_items_in_batch=None, *, weight=None, bias=None, shift_labels=None
+    ):
+        """inputs: hidden states ``[..., T, D]`` with ``weight [V, D]`` (and ``bias [V]``), or
+        logits ``[..., T, V]``. labels ``[..., T]``, not shifted; or ``shift_labels`` of that shape,
+        shifted already, and then ``labels`` is not read. num_items_in_batch: the number to divide
+        by, a number or 0-d tensor; default: the labels that count here. Returns the loss, 0-d."""
+        ignore_index = self.options["ignore_index"]
+        target = shift_labels
+        if target is None:
+            target = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        # A model whose layers are on several devices has its labels on the first.
+        target = target.to(inputs.device)
+        normalizer = num_items_in_batch
+        if isinstance(normalizer, torch.Tensor):
+            normalizer = normalizer.to(inputs.device)
+        options = {"rho": self.rho, "normalizer": normalizer, **self.options}
+        options["process_group"] = self.process_group
+        if weight is None:
+            tau = self.tempnet(inputs.detach())
+            loss = dro_cross_entropy(inputs, target, tau, **options)
+        else:
+            loss, tau = loss_and_temperatures(
+                inputs, weight, target, self.tempnet, bias=bias, softcap=self.softcap,
+                chunk_rows=self.chunk_rows, **options,
+            )  # fmt: skip
+        self._tau, self._live = tau.detach(), target != ignore_index
+        return loss
+
+    def extra_repr(self):
+        options = {"rho": self.rho, **self.options, "softcap": self.softcap}
+        return ", ".join(f"{k}={v!r}" for k, v in options.items())

@@ -9,6 +9,8 @@ from torch import nn
 
 from tempnet_kernels import _tempnet
 from tempnet_kernels._checks import temperature_bounds
+from tempnet_kernels._ranks import SharesGroup, all_gather, several, sum_over_ranks
+from tempnet_kernels.reference.linear_dro_cross_entropy import row_moments
 
 # Where the published checkpoints keep the TempNet inside a full model's state dict.
 PREFIXES = ("module.tempnet.", "tempnet.")
@@ -41,7 +43,7 @@ class TemperatureStats(NamedTuple):
         )
 
 
-class TempNet(nn.Module):
+class TempNet(SharesGroup, nn.Module):
     r"""Predicts a temperature for every row of logits.
 
     With ``x = z / max(||z||, 1e-12)`` and ``h = proj(x)`` (a sigmoid layer, dropout, a linear
@@ -83,6 +85,7 @@ class TempNet(nn.Module):
         self.tau_min = tau_min
         self.tau_max = tau_max
         self.center = center
+        self.process_group = None
         self.proj = nn.Sequential(
             nn.Linear(vocab_size, hidden_size),
             nn.Sigmoid(),
@@ -95,29 +98,70 @@ class TempNet(nn.Module):
         nn.init.zeros_(self.last.bias)
         self.register_load_state_dict_pre_hook(_accept_published_layouts)
 
+    def shard(self, process_group):
+        """Leave this rank its columns of the first layer, for logits whose columns the ranks of
+        ``process_group`` share; see :func:`tempnet_kernels.dro_cross_entropy`. Returns self.
+
+        Call it on every rank once the network is loaded, before the optimizer is made. The other
+        parameters become those of the first rank, and their gradients are equal on every rank;
+        ``proj.0.weight`` is then ``[hidden_size, V / world_size]``, in the state dict too.
+        """
+        if self.process_group is not None:
+            raise RuntimeError("TempNet: shard was called before")
+        group = several("TempNet.shard", process_group)
+        if group is None:
+            return self
+        if self.vocab_size % group.size():
+            raise ValueError(
+                f"TempNet: vocab_size must be a multiple of the {group.size()} ranks of "
+                f"process_group, got {self.vocab_size}"
+            )
+        first = self.proj[0]
+        own = first.weight.detach().chunk(group.size(), 1)[group.rank()].clone()
+        with torch.no_grad():
+            for p in self.parameters():
+                if p is not first.weight:
+                    p.copy_(all_gather(p, group)[0])
+        first.weight = nn.Parameter(own, requires_grad=first.weight.requires_grad)
+        first.in_features = own.shape[1]
+        self.process_group = group
+        return self
+
     def forward(self, logits=None, *, inside=None):
-        """logits ``[..., V]`` of a float dtype -> temperatures ``[...]`` in float32 (float64 for a
-        float64 network).
+        """logits ``[..., V]`` of a float dtype, of a sharded network this rank's columns ->
+        temperatures ``[...]`` in float32 (float64 for a float64 network).
 
         inside: a function that is called with this network in place of that, and whose result is
         returned. FSDP gathers a network's parameters for the duration of its forward only.
         """
         if inside is not None:
             return inside(self)
-        if logits.shape[-1] != self.vocab_size:
+        v = self.proj[0].in_features
+        if logits.shape[-1] != v:
             raise ValueError(
-                f"TempNet: logits must have {self.vocab_size} columns, "
-                f"got shape {tuple(logits.shape)}"
+                f"TempNet: logits must have {v} columns, got shape {tuple(logits.shape)}"
             )
         dtype = self.proj[0].weight.dtype
         z = logits.detach()
+        if self.process_group is not None:
+            moments = all_gather(
+                row_moments(z.flatten(0, -2), self.center == "max"), self.process_group
+            )
+            shift, squares = (x.view(*z.shape[:-1], 1) for x in _tempnet.merged_moments(moments))
+            norm = squares.sqrt()
+        elif self.center == "max":
+            shift = z.amax(-1, keepdim=True)
         if self.center == "max":
-            z = z - z.amax(-1, keepdim=True)
+            z = z - shift
         # In float32 for 16-bit logits: the square of a logit above 256 overflows float16.
         z = z.to(torch.promote_types(torch.float32, dtype))
         z = torch.where(z == -math.inf, 0, z)
-        x = z / z.norm(dim=-1, keepdim=True).clamp_min(_tempnet.NORM_MIN)
+        if self.process_group is None:
+            norm = z.norm(dim=-1, keepdim=True)
+        x = z / norm.clamp_min(_tempnet.NORM_MIN)
         pre = F.linear(x.to(dtype), self.proj[0].weight).to(z.dtype)  # (..., hidden_size)
+        if self.process_group is not None:
+            pre = sum_over_ranks(pre, self.process_group)
         keep = self.dropout_factors(pre.shape, pre.device, pre.dtype)
         with torch.autocast(pre.device.type, enabled=False):
             share, _ = _tempnet.head(pre, self.head(z.dtype), keep)
@@ -132,11 +176,18 @@ class TempNet(nn.Module):
         return _tempnet.Head(*(p.to(dtype) for p in parameters))
 
     def dropout_factors(self, shape, device, dtype):
-        """0 or 1 / (1 - probability) for each of the first layer's outputs; None where dropout is
-        off."""
+        """0 or 1 / (1 - probability) for each of the first layer's outputs, the same on every rank;
+        None where dropout is off."""
         probability = self.proj[2].p
         if not self.training or probability == 0:
             return None
+        if self.process_group is not None:
+            # A key is exchanged, not the factors; and not as a seed, which the host would wait for.
+            key = torch.randint(1 << 62, (), device=device)
+            ids = torch.arange(math.prod(shape[:-1]), device=device)
+            key = all_gather(key, self.process_group)[0]
+            factors = _tempnet.hashed_dropout(key, ids, shape[-1], probability, dtype)
+            return factors.view(shape)
         keep = torch.empty(shape, device=device, dtype=dtype).bernoulli_(1 - probability)
         return keep.div_(1 - probability)
 

@@ -5,7 +5,7 @@ import triton.language as tl
 
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
-EMPTY = tl.constexpr(-1e30)  # the maximum of nothing; finite, since -inf - -inf is NaN
+EMPTY = tl.constexpr(-(2.0**31))  # the maximum of nothing: kEmpty of the header
 INTERPRET = tl.constexpr(triton.knobs.runtime.interpret)
 
 

@@ -7,6 +7,9 @@
 
 #include "cuda/dro_contrastive.cuh"
 #include "cuda/dro_cross_entropy_launch.cuh"
+#include "cuda/linear_dro_cross_entropy.cuh"
+#include "cuda/optimal_temperature.cuh"
+#include "cuda/tempered_softmax.cuh"
 #include "faults.h"
 
 namespace tempnet {
@@ -136,6 +139,54 @@ void similarity_weights(const std::string& dtype, const py::dict& d) {
   });
 }
 
+// The plan of the launch, which ``wanted`` overrides.
+py::dict tempered_softmax(const std::string& dtype, const py::dict& d, int arch,
+                          const py::dict& wanted) {
+  softmax::Params p{};
+  p.n = d["n"].cast<int64_t>();
+  p.v = d["v"].cast<int>();
+  p.logits = pointer<void>(d, "logits");
+  p.logits_stride = d["logits_stride"].cast<int64_t>();
+  p.grad_output = pointer<void>(d, "grad_output");
+  p.grad_output_stride = d["grad_output_stride"].cast<int64_t>();
+  p.out = pointer<void>(d, "out");
+  p.tau = pointer<float>(d, "tau");
+  p.tau_stride = d["tau_stride"].cast<int64_t>();
+  p.rows = pointer<float>(d, "rows");
+  p.grad_tau = pointer<float>(d, "grad_tau");
+  p.log = d["log"].cast<bool>();
+  py::dict used;
+  for_dtype(dtype, [&](auto zero) {
+    using Z = decltype(zero);
+    softmax::Plan plan = softmax::plan_launch<Z>(p, arch, 132);
+    if (wanted.contains("cluster")) {
+      plan = {wanted["twice"].cast<bool>(), wanted["cluster"].cast<int>(),
+              wanted["threads"].cast<int>(), wanted["slice"].cast<int>()};
+    }
+    used["twice"] = plan.twice, used["cluster"] = plan.cluster;
+    used["threads"] = plan.threads, used["slice"] = plan.slice;
+    if (d["run"].cast<bool>()) softmax::launch_softmax<Z>(p, plan, 0);
+  });
+  return used;
+}
+
+void optimal_temperature(const std::string& dtype, const py::dict& d, bool hold) {
+  TemperatureParams p{};
+  p.n = d["n"].cast<int64_t>();
+  p.v = d["v"].cast<int>();
+  p.logits = pointer<void>(d, "logits");
+  p.logits_stride = d["logits_stride"].cast<int64_t>();
+  p.rho = pointer<float>(d, "rho");
+  p.rho_stride = d["rho_stride"].cast<int64_t>();
+  p.log_v = float(std::log(double(p.v)));
+  p.tau_min = d["tau_min"].cast<float>();
+  p.tau_max = d["tau_max"].cast<float>();
+  p.tau = pointer<float>(d, "tau");
+  p.kl = pointer<float>(d, "kl");
+  p.iterations = pointer<int32_t>(d, "iterations");
+  for_dtype(dtype, [&](auto zero) { launch_temperature<decltype(zero)>(p, hold, 0); });
+}
+
 }  // namespace
 }  // namespace tempnet
 
@@ -172,8 +223,16 @@ PYBIND11_MODULE(cuda_emulator, module) {
     for_dtype(dtype,
               [&](auto zero) { device::launch_scale<decltype(zero)>(params_from(params), 1, 0); });
   });
+  module.def("row_moments", [](const std::string& dtype, const py::dict& d, bool center) {
+    const linear::Params params{d["n"].cast<int64_t>(), d["v"].cast<int>(),
+                                pointer<void>(d, "logits"), d["stride"].cast<int64_t>(),
+                                pointer<float>(d, "moments")};
+    for_dtype(dtype, [&](auto zero) { linear::launch_moments<decltype(zero)>(params, center, 0); });
+  });
+  module.def("tempered_softmax", &tempered_softmax);
   module.def("similarity_stats", &similarity_stats);
   module.def("similarity_weights", &similarity_weights);
+  module.def("optimal_temperature", &optimal_temperature);
   module.def("reverse_blocks", &faults::reverse_blocks);
   module.def("divergent_barrier", &faults::divergent_barrier);
   module.def("early_exit", &faults::early_exit);

@@ -1,0 +1,117 @@
+// What the TempNet needs of a chunk's logits on a GPU: the norm of every row, and its maximum. One
+// visit: a thread's sums follow its maximum as the columns come.
+#pragma once
+
+#include "row_reduce.cuh"
+
+namespace tempnet {
+namespace device {
+namespace linear {
+
+struct Params {
+  int64_t n;
+  int v;
+  const void* logits;  // [n, v], column stride 1
+  int64_t stride;
+  float* moments;  // [4, n]: shift, sum of (z - shift)^2, of z - shift, count; without -inf
+};
+
+constexpr int kThreads = 512;
+constexpr int kSharedBytes = kThreads / kWarp * 16;
+
+// Of columns that are not -inf. With kCenter about their maximum, which the shift then is.
+struct Moments {
+  float shift = -INFINITY, squares = 0, sum = 0, count = 0;
+};
+
+// Moves the sums to the larger shift. d and the sum are never positive, so nothing cancels.
+TEMPNET_DEVICE void move_to(float shift, Moments& p) {
+  if (p.count == 0) return;  // its shift is -inf
+  const float d = p.shift - shift;
+  p.squares += d * fmaf(p.count, d, 2 * p.sum);
+  p.sum = fmaf(p.count, d, p.sum);
+}
+
+template <bool kCenter>
+TEMPNET_DEVICE void warp_merge(Moments& p) {
+  if (kCenter) {
+    const float shift = warp_max(p.shift);
+    move_to(shift, p);
+    p.shift = shift;
+    p.sum = warp_sum(p.sum);
+    p.count = warp_sum(p.count);
+  }
+  p.squares = warp_sum(p.squares);
+}
+
+template <class Z, bool kCenter>
+TEMPNET_DEVICE void add_vectors(const uint32_t (&words)[kBatch][kWords], Moments& p) {
+  if (kCenter) {
+    int unused;
+    const float shift = fmaxf(p.shift, packed_maximum<Z, false>(words, unused));
+    move_to(shift, p);
+    p.shift = shift;
+  }
+#pragma unroll
+  for (int k = 0; k < kBatch; ++k) {
+#pragma unroll
+    for (int j = 0; j < kColumns<Z>; ++j) {
+      const float z = Word<Z>::get(words[k][j / Word<Z>::kCount], j % Word<Z>::kCount);
+      const bool counted = z != -INFINITY;  // NaN counts
+      const float x = counted ? (kCenter ? z - p.shift : z) : 0.0f;
+      p.squares = fmaf(x, x, p.squares);
+      if (kCenter) {
+        p.sum += x;
+        p.count += counted ? 1.0f : 0.0f;
+      }
+    }
+  }
+}
+
+// A CTA per row.
+template <class Z, bool kCenter>
+TEMPNET_KERNEL(kThreads, 2)
+moments_kernel(TEMPNET_PARAM Params params) {
+  const int64_t i = blockIdx.x;
+  const Span<Z, true> span(static_cast<const Z*>(params.logits) + i * params.stride, 0, params.v);
+  const int vectors = span.vectors();
+  Moments p;
+  for (int first = threadIdx.x; first < vectors; first += kBatch * int(blockDim.x)) {
+    uint32_t words[kBatch][kWords];
+#pragma unroll
+    for (int k = 0; k < kBatch; ++k) {  // past the end: -inf, which does not count
+      span.template load<true>(span.column(first + k * int(blockDim.x)), words[k]);
+    }
+    add_vectors<Z, kCenter>(words, p);
+  }
+  warp_merge<kCenter>(p);
+  float4* records = reinterpret_cast<float4*>(shared_memory());
+  const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
+  if (lane == 0) records[threadIdx.x / kWarp] = float4{p.shift, p.squares, p.sum, p.count};
+  __syncthreads();
+  if (threadIdx.x >= kWarp) return;
+  p = Moments{};
+  if (lane < warps) {
+    const float4 x = records[lane];
+    p = Moments{x.x, x.y, x.z, x.w};
+  }
+  warp_merge<kCenter>(p);
+  if (lane != 0) return;
+  params.moments[i] = kCenter ? p.shift : 0.0f;
+  params.moments[params.n + i] = p.squares;
+  params.moments[2 * params.n + i] = p.sum;
+  params.moments[3 * params.n + i] = p.count;
+}
+
+template <class Z>
+void launch_moments(const Params& params, bool center, Stream stream) {
+  if (params.n == 0) return;
+  const int batches = divide_up(divide_up(params.v, kColumns<Z>) + 1, kBatch);
+  const int threads = min(kThreads, divide_up(batches, kWarp) * kWarp);
+  launch(center ? moments_kernel<Z, true> : moments_kernel<Z, false>, dim3(unsigned(params.n)),
+         threads, 1, kSharedBytes, stream, params);
+}
+
+}  // namespace linear
+}  // namespace device
+}  // namespace tempnet

@@ -1,0 +1,53 @@
+"""What the TempNet needs of a chunk's logits, in Triton: one visit of every row."""
+
+import torch
+import triton
+import triton.language as tl
+
+from tempnet_kernels.triton import device_of
+
+BLOCK = 8192
+NUM_WARPS = 16
+MINUS_INF = tl.constexpr(float("-inf"))
+
+
+@triton.jit
+def moments_kernel(logits_ptr, logits_stride, moments_ptr, n, v, CENTER: tl.constexpr,
+                   BLOCK: tl.constexpr):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    row_ptr = logits_ptr + i * logits_stride
+    shift = MINUS_INF
+    squares, total, count = 0.0, 0.0, 0.0
+    for start in range(0, v, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z = tl.load(row_ptr + columns, mask=columns < v, other=MINUS_INF).to(tl.float32)
+        counted = z != MINUS_INF  # NaN counts
+        if CENTER:
+            # Nothing cancels: neither d nor the sum is ever positive.
+            higher = tl.maximum(shift, tl.max(z))
+            d = tl.where(count == 0, 0.0, shift - higher)
+            squares += d * (count * d + 2 * total)
+            total += count * d
+            shift = higher
+            z = z - shift
+            count += tl.sum(counted.to(tl.float32))
+        x = tl.where(counted, z, 0.0)
+        squares += tl.sum(x * x)
+        if CENTER:
+            total += tl.sum(x)
+    tl.store(moments_ptr + i, shift if CENTER else 0.0)
+    tl.store(moments_ptr + n + i, squares)
+    tl.store(moments_ptr + 2 * n + i, total)
+    tl.store(moments_ptr + 3 * n + i, count)
+
+
+def row_moments(logits, center):
+    n, v = logits.shape
+    moments = torch.empty((4, n), dtype=torch.float32, device=logits.device)
+    if n:
+        with device_of(logits):
+            moments_kernel[(n,)](
+                logits, logits.stride(0), moments, n, v, CENTER=center,
+                BLOCK=min(BLOCK, max(16, triton.next_power_of_2(v))), num_warps=NUM_WARPS,
+            )  # fmt: skip
+    return moments

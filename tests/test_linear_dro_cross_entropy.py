@@ -1,0 +1,448 @@
+"""The token loss of a linear layer: value and every gradient against the float64 definition, with
+and without a TempNet, folded and direct, in chunks."""
+
+import copy
+import sys
+
+import emulated
+import pytest
+import torch
+from compare import (
+    assert_entropy_accurate,
+    assert_within_twice_plain,
+    counted_flops,
+    definition,
+    statistics,
+)
+
+from tempnet_kernels import _linear, dro_cross_entropy, linear_dro_cross_entropy
+from tempnet_kernels.nn import TempNet
+
+BACKENDS = ["reference", "native", "triton"]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+RHO = 2.0
+linear = sys.modules["tempnet_kernels.linear_dro_cross_entropy"]
+
+
+@pytest.fixture(params=[*BACKENDS, "emulated"])
+def backend(request, monkeypatch):
+    if request.param != "emulated":
+        return request.param
+    operators = emulated.Operators(emulated.load())
+    monkeypatch.setattr("tempnet_kernels._linear._op", operators)
+    monkeypatch.setattr(linear, "AUTO", {"cpu": ("native",)})
+    return "native"
+
+
+@pytest.fixture(params=["folded", "direct"])
+def fold(request, monkeypatch):
+    """Whether the TempNet's first layer is applied through the head, whatever it costs."""
+    monkeypatch.setattr(linear, "folding_pays", lambda n, v, d: request.param == "folded")
+    return request.param
+
+
+def layer(n=19, v=301, d=24, dtype=torch.float32, device="cpu", bias=True):
+    """(hidden, weight, bias, target): logits of a few units; some rows ignored."""
+    hidden = torch.randn(n, d, device=device).to(dtype)
+    weight = (torch.randn(v, d, device=device) / d**0.5 * 3).to(dtype)
+    target = torch.randint(0, v, (n,), device=device)
+    target[1::7] = -100
+    return hidden, weight, torch.randn(v, device=device).to(dtype) if bias else None, target
+
+
+def network(v, center=None, device="cpu", dropout=0.0, dtype=torch.float32, hidden_size=40):
+    """A TempNet whose temperatures differ: the initial one's hardly do."""
+    net = TempNet(v, 0.4, 1.6, center=center, dropout=dropout, hidden_size=hidden_size)
+    with torch.no_grad():
+        net.proj[0].weight.mul_(40)
+        net.proj[3].weight.mul_(8)
+        net.scaler.fill_(0.5)
+        net.last.bias.fill_(-2)
+    return net.to(device, dtype)
+
+
+def plain(hidden, weight, bias, target, tau, softcap=None, reduction="mean", **options):
+    """The formula as a user writes it, in the dtype of its tensors; tau: rows or a TempNet."""
+    z = torch.nn.functional.linear(hidden, weight, bias)
+    if softcap:
+        z = softcap * torch.tanh(z / softcap)
+    tau = tau(z) if isinstance(tau, torch.nn.Module) else tau
+    acc = torch.promote_types(z.dtype, torch.float32)
+    z = z.to(acc).clamp_min(-1e30)  # autograd's 0 * -inf would be NaN in d tau
+    loss = definition(z, target, tau.to(acc), RHO, **options)
+    if reduction == "none":
+        return loss
+    return loss.sum() / ((target != -100).sum() if reduction == "mean" else 1)
+
+
+def ours(hidden, weight, bias, target, tau, **options):
+    chosen = {"tempnet" if isinstance(tau, torch.nn.Module) else "tau": tau}
+    return linear_dro_cross_entropy(hidden, weight, target, bias=bias, rho=RHO, **chosen, **options)
+
+
+def gradients(function, tensors, target, tau, upstream=None, dtype=None, **options):
+    """{name: tensor} of the value and of every gradient."""
+    leaves = [
+        None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in tensors
+    ]
+    if isinstance(tau, torch.nn.Module):
+        tau = copy.deepcopy(tau)
+        tau = tau.to(dtype) if dtype else tau
+        named = dict(tau.named_parameters())
+    else:
+        tau = tau.detach().to(dtype or tau.dtype).requires_grad_()
+        named = {"tau": tau}
+    loss = function(*leaves, target, tau, **options)
+    loss.backward(torch.ones_like(loss) if upstream is None else upstream.to(loss.dtype))
+    named |= dict(zip(("hidden", "weight", "bias"), leaves, strict=True))
+    return {"loss": loss.detach()} | {k: x.grad for k, x in named.items() if x is not None}
+
+
+def check(tensors, target, tau, backend, chunk_rows=None, **options):
+    exact = gradients(plain, tensors, target, tau, dtype=torch.float64, **options)
+    usual = gradients(plain, tensors, target, tau, **options)
+    got = gradients(ours, tensors, target, tau, backend=backend, chunk_rows=chunk_rows, **options)
+    assert got.keys() == exact.keys()
+    for name, value in got.items():
+        assert exact[name].abs().max() > 0, name
+        assert_within_twice_plain(value, exact[name], usual[name], name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "n, v, d", [(19, 301, 24), (3, 1, 5), (40, 4099, 16)]  # ragged; one column; two blocks of a row
+)  # fmt: skip
+def test_given_temperatures(backend, n, v, d, dtype):
+    *tensors, target = layer(n, v, d, dtype)
+    tau = torch.rand(n) + 0.4
+    if v == 1:
+        tensors[0] *= 0  # the loss is tau rho, whatever the logit; its rounding would remain
+        got = gradients(ours, tensors, target, tau, backend=backend)
+        live = target != -100
+        torch.testing.assert_close(got["loss"], (tau * RHO)[live].mean())
+        assert not any(got[name].any() for name in ("hidden", "weight", "bias"))
+        return
+    check(tensors, target, tau, backend, chunk_rows=8)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_gradient_of_tau_has_its_absolute_bound(backend, dtype):
+    hidden, weight, bias, target = layer(dtype=dtype)
+    tau = torch.rand(19) + 0.4
+    got = gradients(ours, (hidden, weight, bias), target, tau, backend=backend, reduction="sum")
+    z = torch.nn.functional.linear(hidden, weight, bias)
+    _, _, kl = statistics(z, tau)
+    exact = torch.where(target == -100, 0, RHO - kl)
+    assert exact.abs().max() > 0.1
+    assert_entropy_accurate(got["tau"], exact, 301)
+
+
+@pytest.mark.parametrize("center", [None, "max"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_predicted_temperatures(backend, fold, dtype, center):
+    *tensors, target = layer(dtype=dtype)
+    net = network(301, center)
+    tau = net(torch.nn.functional.linear(*tensors))
+    assert tau.max() - tau.min() > 0.05
+    check(tensors, target, net, backend, chunk_rows=8)
+
+
+@pytest.mark.parametrize("center", [None, "max"])
+def test_products_of_16_bits_with_wide_results(fold, center, wide_products):
+    """As on a GPU: the TempNet's first layer is multiplied in bfloat16."""
+    *tensors, target = layer(dtype=torch.bfloat16)
+    check(tensors, target, network(301, center), "native", chunk_rows=8)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"softcap": 4.0},
+        {"label_smoothing": 0.1, "z_loss": 0.02},
+        {"reduction": "none", "z_loss": 0.02, "softcap": 4.0},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bias", ["none", "bias", "minus inf"])
+@pytest.mark.parametrize("center", [None, "max"])
+def test_float64_equals_the_formula_to_rounding(backend, fold, center, bias, options):
+    hidden, weight, b, target = layer(dtype=torch.float64, bias=bias != "none")
+    if bias == "minus inf":
+        if "label_smoothing" in options:
+            return  # the loss is +inf: test_contract of the token loss
+        b[[5, 300]] = -torch.inf
+        target[target == 5] = 6
+        target[target == 300] = 6
+    net = network(301, center, dropout=0.5, dtype=torch.float64)
+    upstream = torch.rand(19) if "reduction" in options else torch.tensor(3.0)
+    results = []
+    for function, more in ((plain, {}), (ours, {"backend": backend, "chunk_rows": 7})):
+        torch.manual_seed(5)  # the dropout of TempNet.forward
+        results.append(
+            gradients(
+                function, (hidden, weight, b), target, net, upstream,
+                torch.float64, **options, **more,
+            )
+        )  # fmt: skip
+    exact, got = results
+    for name, value in got.items():
+        torch.testing.assert_close(value, exact[name], rtol=1e-10, atol=1e-13, msg=name)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native"])
+def test_gradcheck(backend, fold):
+    hidden, weight, bias, target = layer(5, 11, 4, torch.float64)
+    net = network(11, "max", dtype=torch.float64, hidden_size=6)
+    names, parameters = zip(*net.named_parameters(), strict=True)
+    row_weight = torch.randn(5, dtype=torch.float64)
+
+    def function(hidden, weight, bias, row_weight, *parameters):
+        def loss(net):
+            return linear_dro_cross_entropy(
+                hidden, weight, target, tempnet=net, bias=bias, rho=RHO, row_weight=row_weight,
+                label_smoothing=0.1, z_loss=0.05, reduction="none", chunk_rows=2,
+                backend=backend,
+            )  # fmt: skip
+
+        values = dict(zip(names, parameters, strict=True))
+        with torch.nn.utils.stateless._reparametrize_module(net, values):
+            return loss(net)
+
+    inputs = (hidden, weight, bias, row_weight)
+    inputs = [x.detach().clone().requires_grad_() for x in (*inputs, *parameters)]
+    # The TempNet learns from the temperature only: its input is detached, so d hidden and d weight
+    # are not those of the whole function. Each half is checked with the other held.
+    frozen = copy.deepcopy(net)
+    assert torch.autograd.gradcheck(lambda *p: function(*inputs[:4], *p), inputs[4:])
+    tau = frozen(torch.nn.functional.linear(*inputs[:3])).detach().requires_grad_()
+    given = lambda h, w, b, r, t: linear_dro_cross_entropy(  # noqa: E731
+        h, w, target, bias=b, tau=t, rho=RHO, row_weight=r, softcap=3.0, reduction="none",
+        chunk_rows=2, backend=backend,
+    )  # fmt: skip
+    assert torch.autograd.gradcheck(given, (*inputs[:4], tau))
+
+
+@pytest.mark.parametrize("center", [None, "max"])
+def test_folded_equals_direct(center, monkeypatch):
+    hidden, weight, bias, target = layer(64, 2000, 32)
+    net = network(2000, center)
+    results = []
+    for folded in (True, False):
+        monkeypatch.setattr(linear, "folding_pays", lambda *sizes, folded=folded: folded)
+        grads = gradients(ours, (hidden, weight, bias), target, net)
+        loss = linear_dro_cross_entropy(
+            hidden, weight, target, tempnet=net, bias=bias, rho=RHO, return_stats=True
+        )
+        results.append(grads | {"tau": loss[1].tau})
+    folded, direct = results
+    for name, value in folded.items():
+        live = torch.isfinite(direct[name])
+        error = (value - direct[name])[live].abs().max() / direct[name][live].abs().max()
+        assert error <= 1e-5, (name, error)
+
+
+def test_folding_is_chosen_by_its_cost():
+    assert linear.folding_pays(8192, 128256, 4096)
+    assert not linear.folding_pays(64, 128256, 4096)
+
+
+def products(function):
+    """Multiply-adds of the matrix products, in units of 2 flops."""
+    with counted_flops(_linear, "linear_dro_cross_entropy_fwd") as flops:
+        function()
+    return sum(flops) / 2
+
+
+@pytest.mark.parametrize(
+    "wanted, number",
+    [("all", 3), ("hidden", 2), ("weight", 2), ("tempnet", 1), ("nothing", 1)],
+)
+def test_only_what_is_wanted_is_multiplied(wanted, number):
+    n, v, d = 64, 3000, 32
+    hidden, weight, _, target = layer(n, v, d, bias=False)
+    target = target.clamp(min=0)
+    net = network(v)
+    net.requires_grad_(wanted in ("all", "tempnet"))
+    hidden.requires_grad_(wanted in ("all", "hidden"))
+    weight.requires_grad_(wanted in ("all", "weight"))
+
+    def step():
+        loss = linear_dro_cross_entropy(hidden, weight, target, tempnet=net, rho=RHO)
+        if loss.requires_grad:
+            loss.backward()
+
+    h = 40
+    fold = h * v * d * (1 + (wanted in ("all", "tempnet")))
+    small = 2 * h * n * (d + 2 * h)
+    assert number * n * v * d <= products(step) <= number * n * v * d + fold + small
+    assert (hidden.grad is None) == (wanted not in ("all", "hidden"))
+    assert (weight.grad is None) == (wanted not in ("all", "weight"))
+    grads = [p.grad is not None for p in net.parameters()]
+    assert all(grads) if wanted in ("all", "tempnet") else not any(grads)
+
+
+@pytest.mark.parametrize("part", ["first", "rest"])
+def test_half_of_a_tempnet_trains(fold, part):
+    hidden, weight, bias, target = layer()
+    net = network(301)
+    whole = gradients(ours, (hidden, weight, bias), target, net)
+    for name, p in net.named_parameters():
+        p.requires_grad_((name == "proj.0.weight") == (part == "first"))
+    linear_dro_cross_entropy(hidden, weight, target, tempnet=net, bias=bias, rho=RHO).backward()
+    for name, p in net.named_parameters():
+        assert (p.grad is None) != p.requires_grad
+        if p.requires_grad:
+            assert torch.equal(p.grad, whole[name])
+
+
+def test_ignored_rows_are_left_out_of_the_products():
+    hidden, weight, _, target = layer(64, 1000, 16, bias=False)
+    target[::2] = -100
+    live = (target != -100).sum().item()
+    hidden[target == -100] = torch.nan  # nothing of them is read
+    net = network(1000).requires_grad_(False)
+    results = []
+    for dropped in (True, False):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+
+        def step(h=h, w=w, dropped=dropped):
+            loss, stats = linear_dro_cross_entropy(
+                h, w, target, tempnet=net, rho=RHO, drop_ignored=dropped, return_stats=True
+            )
+            loss.backward()
+            results.append((loss.detach(), h.grad, w.grad, *stats))
+
+        count = products(step) / (1000 * 16)
+        assert abs(count - 3 * (live if dropped else 64)) < 64, count
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, equal_nan=True)
+    loss, grad_hidden, _, *stats = results[0]
+    assert loss.isfinite() and (grad_hidden[target == -100] == 0).all()
+    assert all(s[target == -100].isnan().all() for s in stats if s.is_floating_point())
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_row_weights_normalizer_and_statistics_are_those_of_the_token_loss(backend, reduction):
+    hidden, weight, bias, target = layer(20)
+    tau = torch.rand(4, 5) + 0.4
+    weights = torch.randn(4, 5).requires_grad_()
+    normalizer = 7.0 if reduction == "mean" else None
+    options = {
+        "row_weight": weights, "normalizer": normalizer, "reduction": reduction,
+        "return_stats": True, "backend": backend,
+    }  # fmt: skip
+    target = target.view(4, 5)
+    loss, stats = linear_dro_cross_entropy(
+        hidden.view(4, 5, -1), weight, target, bias=bias, tau=tau, rho=RHO, chunk_rows=3, **options
+    )
+    loss.sum().backward()
+    got, weights.grad = weights.grad, None
+    z = torch.nn.functional.linear(hidden, weight, bias).view(4, 5, -1)
+    options["backend"] = "reference"
+    expected, expected_stats = dro_cross_entropy(z, target, tau, RHO, **options)
+    expected.sum().backward()
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(got, weights.grad, rtol=1e-5, atol=1e-6)
+    for value, other in zip(stats, expected_stats, strict=True):
+        torch.testing.assert_close(value, other, rtol=1e-5, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_small_gradients_of_float16_survive_a_large_batch(reduction, dtype):
+    """1 / N is multiplied in the backward, where a loss scale can come first."""
+    hidden, weight, bias, target = layer(19, 50, dtype=dtype)
+    upstream = torch.tensor(2.0**16) if reduction == "mean" else torch.full((19,), 2.0**16 / 1e5)
+    options = {"normalizer": 1e5} if reduction == "mean" else {}
+    tau = torch.rand(19) + 0.4
+    got = gradients(
+        ours, (hidden, weight, bias), target, tau, upstream, reduction=reduction, **options
+    )
+    exact = gradients(
+        plain, (hidden, weight, bias), target, tau, torch.full((19,), 2.0**16 / 1e5),
+        torch.float64, reduction="none",
+    )  # fmt: skip
+    for name in ("hidden", "weight", "bias"):
+        error = (got[name].double() - exact[name]).abs().max() / exact[name].abs().max()
+        assert error <= 8 * torch.finfo(dtype).eps, (name, error)
+
+
+def test_chunks_do_not_change_a_row():
+    hidden, weight, bias, target = layer()
+    net = network(301)
+    whole, *others = (
+        linear_dro_cross_entropy(
+            hidden, weight, target, tempnet=net, bias=bias, rho=RHO, reduction="none",
+            chunk_rows=rows,
+        )
+        for rows in (None, 1, 7, 1000)
+    )  # fmt: skip
+    for other in others:
+        torch.testing.assert_close(other, whole, rtol=1e-6, atol=1e-6)
+
+
+def test_results_do_not_change_between_runs(fold):
+    hidden, weight, bias, target = layer(64, 3000, 32)
+    net = network(3000)
+    first, second = (gradients(ours, (hidden, weight, bias), target, net) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_dropout_is_that_of_the_network(fold):
+    """The same generator state gives the same masks as TempNet.forward."""
+    hidden, weight, bias, target = layer()
+    net = network(301, dropout=0.5)
+    torch.manual_seed(3)
+    _, stats = linear_dro_cross_entropy(
+        hidden, weight, target, tempnet=net, bias=bias, rho=RHO, return_stats=True
+    )
+    torch.manual_seed(3)
+    tau = net(torch.nn.functional.linear(hidden, weight, bias))
+    live = target != -100
+    torch.testing.assert_close(stats.tau[live], tau[live], rtol=1e-5, atol=1e-6)
+    assert (tau - net.eval()(torch.nn.functional.linear(hidden, weight, bias))).abs().max() > 1e-3
+
+
+# The moments of rows.
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("center", [False, True])
+@pytest.mark.parametrize("v", [1, 33, 4100, 20000])
+def test_row_moments(backend, v, center, dtype, request):
+    if "triton" in request.node.name and v == 20000 and dtype != torch.float32:
+        v = 9000  # the interpreter
+    padded = torch.full((5, v + 3), torch.nan).to(dtype)
+    logits = padded[:, 1 : v + 1]  # off 16 bytes; its neighbours are poison
+    logits.copy_(torch.randn(5, v) * 3 + 20)
+    logits[1, v // 2 :] = -torch.inf
+    logits[2, : v - v // 3] = -torch.inf
+    logits[3, v // 2] = torch.nan
+    operator = _linear._op("row_moments", backend)
+    shift, squares, total, count = operator(logits, center)
+    z = logits.double()
+    counted = z != -torch.inf
+    exact_shift = torch.where(z.isnan(), -torch.inf, z).amax(1) if center else torch.zeros(5)
+    x = torch.where(counted, z - exact_shift[:, None], 0)
+    rows = [0, 1, 2, 4]
+    if center:
+        assert torch.equal(shift[rows].double(), exact_shift[rows])
+        torch.testing.assert_close(total.double(), x.sum(1), rtol=1e-5, atol=0, equal_nan=True)
+        assert torch.equal(count, counted.sum(1).float())
+    torch.testing.assert_close(squares.double(), (x * x).sum(1), rtol=2e-6, atol=0, equal_nan=True)
+    assert squares[3].isnan()
+
+
+@pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])
+def test_row_moments_of_one_value(backend, value):
+    logits = torch.full((2, 50), value)
+    logits[0, 7] = 3.0
+    operator = _linear._op("row_moments", backend)
+    shift, squares, _, count = operator(logits, True)
+    if value == -torch.inf:
+        assert (shift[0], squares[0], count[0]) == (3, 0, 1)
+        assert (shift[1], squares[1], count[1]) == (-torch.inf, 0, 0)
+    else:
+        assert squares.isnan().all()
