@@ -10,7 +10,7 @@ alone: its first layer folded into the head, and applied to the logits.
 
 import pytest
 import torch
-from measure import environment, peak_extra_mib_alone, time_ms
+from measure import peak_extra_mib_alone, time_in_turn
 from peers import LINEAR_LOSSES
 
 from tempnet_kernels import _linear, linear_dro_cross_entropy
@@ -97,24 +97,6 @@ def check(hidden, weight, target, net):
     assert (grads[1][rows].double() - exact).abs().max() <= tolerance * exact.abs().max()
 
 
-def in_turn(benchmark, variants, info, peak):
-    times = {name: [] for name in variants}
-
-    def others():
-        for name, call in variants.items():
-            if name != OURS:
-                times[name].append(time_ms(call))
-
-    benchmark.pedantic(
-        lambda: times[OURS].append(time_ms(variants[OURS])),
-        setup=others, rounds=ROUNDS, warmup_rounds=1,
-    )  # fmt: skip
-    benchmark.extra_info.update(
-        environment=environment(), peak_extra_mib=peak,
-        time_ms={name: values[1:] for name, values in times.items()}, **info,
-    )  # fmt: skip
-
-
 def info_of(op, n, v, d, dtype):
     return {"op": op, "n": n, "v": v, "d": d, "dtype": str(dtype).removeprefix("torch.")}
 
@@ -133,7 +115,7 @@ def test_linear_loss(benchmark, shape, frozen):
     if frozen:
         op, limit = f"{op}, frozen", "one matrix product"
     variants[limit] = Products(*tensors[:2], training=not frozen)
-    in_turn(benchmark, variants, info_of(op, *shape), peak)
+    time_in_turn(benchmark, OURS, variants, ROUNDS, peak_extra_mib=peak, **info_of(op, *shape))
 
 
 @pytest.mark.parametrize("shape", TEMPNET_SHAPES, ids=str)
@@ -178,4 +160,5 @@ def test_tempnet(benchmark, shape):
         OURS: lambda: ours(True),
         "its products, folded": products,
     }
-    in_turn(benchmark, variants, info_of("TempNet of a linear layer", *shape), {})
+    info = info_of("TempNet of a linear layer", *shape)
+    time_in_turn(benchmark, OURS, variants, ROUNDS, peak_extra_mib={}, **info)
