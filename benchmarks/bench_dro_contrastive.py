@@ -13,7 +13,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from measure import environment, peak_extra_mib_alone, time_ms
+from measure import peak_extra_mib_alone, time_in_turn
 from peers import CONTRASTIVE_LOSSES, CONTRASTIVE_RHO
 
 CUDA = torch.cuda.is_available()
@@ -118,7 +118,7 @@ def check(name, tensors):
 def test_contrastive_loss(benchmark, b, d, dtype):
     torch.compiler.reset()
     shape = (b, d, dtype, torch.seed() % 2**32)  # fresh data every run
-    peak, variants, times = {}, {}, {}
+    peak, variants = {}, {}
     for name in (*CONTRASTIVE_LOSSES, LIMIT):
         try:
             if "official" in name or OURS in name:
@@ -126,22 +126,11 @@ def test_contrastive_loss(benchmark, b, d, dtype):
             peak[name] = peak_extra_mib_alone(variant, name, *shape)
             variants[name] = variant(name, *shape)
             variants[name]()
-            times[name] = []
         except torch.OutOfMemoryError:
             print(f"{name}: out of memory at B = {b}")
             variants.pop(name, None)
 
-    def once(name):
-        times[name].append(time_ms(variants[name]))
-
-    def in_turn():
-        for name in variants:
-            if name != OURS:
-                once(name)
-
-    benchmark.pedantic(lambda: once(OURS), setup=in_turn, rounds=ROUNDS, warmup_rounds=1)
-    benchmark.extra_info.update(
-        op="dro_contrastive", n=b, d=d, dtype=str(dtype).removeprefix("torch."),
-        environment=environment(), peak_extra_mib=peak,
-        time_ms={name: values[1:] for name, values in times.items()},
+    time_in_turn(
+        benchmark, OURS, variants, ROUNDS, op="dro_contrastive", n=b, d=d,
+        dtype=str(dtype).removeprefix("torch."), peak_extra_mib=peak,
     )  # fmt: skip

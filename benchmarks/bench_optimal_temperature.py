@@ -10,7 +10,7 @@ import math
 
 import pytest
 import torch
-from measure import environment, peak_extra_mib, time_ms
+from measure import peak_extra_mib, time_in_turn
 
 from tempnet_kernels import optimal_temperature
 
@@ -90,19 +90,8 @@ def test_optimal_temperature(benchmark, n, v, dtype):
     variants[f"bisection of {STEPS} steps, eager"] = lambda: bisection(logits, rho)
     variants["copy of the logits"] = logits.clone
     peak = {name: peak_extra_mib(variant) for name, variant in variants.items()}  # warms up, too
-    times = {name: [] for name in variants}
-
-    def once(name):
-        times[name].append(time_ms(variants[name]))
-
-    def in_turn():
-        for name in variants:
-            if name != OURS:
-                once(name)
-
-    benchmark.pedantic(lambda: once(OURS), setup=in_turn, rounds=ROUNDS, warmup_rounds=1)
-    benchmark.extra_info.update(
-        op="optimal_temperature", n=n, v=v, dtype=str(dtype).removeprefix("torch."),
-        logits_mib=logits.nbytes / 2**20, environment=environment(), **found[OURS],
-        time_ms={name: values[1:] for name, values in times.items()}, peak_extra_mib=peak,
+    time_in_turn(
+        benchmark, OURS, variants, ROUNDS, op="optimal_temperature", n=n, v=v,
+        dtype=str(dtype).removeprefix("torch."), logits_mib=logits.nbytes / 2**20,
+        peak_extra_mib=peak, **found[OURS],
     )  # fmt: skip

@@ -9,7 +9,7 @@ definition in float64 before it is timed.
 
 import pytest
 import torch
-from measure import environment, peak_extra_mib, time_ms
+from measure import peak_extra_mib, time_in_turn
 from peers import SOFTMAXES
 
 from tempnet_kernels import tempered_softmax
@@ -71,20 +71,9 @@ def test_tempered_softmax(benchmark, n, v, dtype, work):
         variants[name] = lambda function=function: work(function, logits, tau, upstream)
     variants["copy of the logits"] = lambda: logits.detach().clone()
     peak = {name: peak_extra_mib(run) for name, run in variants.items()}  # warms up, too
-    times = {name: [] for name in variants}
-
-    def once(name):
-        times[name].append(time_ms(variants[name]))
-
-    def in_turn():
-        for name in variants:
-            if name != OURS:
-                once(name)
-
-    benchmark.pedantic(lambda: once(OURS), setup=in_turn, rounds=ROUNDS, warmup_rounds=1)
-    benchmark.extra_info.update(
+    time_in_turn(
+        benchmark, OURS, variants, ROUNDS,
         op="tempered_softmax" + (", forward" if work is forward else ""), n=n, v=v,
         dtype=str(dtype).removeprefix("torch."), logits_mib=logits.nbytes / 2**20,
-        environment=environment(), time_ms={name: values[1:] for name, values in times.items()},
         peak_extra_mib=peak,
     )  # fmt: skip

@@ -38,6 +38,26 @@ def time_ms(function):
     return elapsed
 
 
+def time_in_turn(benchmark, ours, variants, rounds, **info):
+    """Times ``variants``, {name: function}, round by round, so that a drift of the machine meets
+    all of them; ``ours`` is the one that pytest-benchmark shows. Times and ``info`` go into the
+    JSON."""
+    times = {name: [] for name in variants}
+
+    def once(name):
+        times[name].append(time_ms(variants[name]))
+
+    def others():
+        for name in variants:
+            if name != ours:
+                once(name)
+
+    benchmark.pedantic(lambda: once(ours), setup=others, rounds=rounds, warmup_rounds=1)
+    benchmark.extra_info.update(
+        environment=environment(), time_ms={name: t[1:] for name, t in times.items()}, **info
+    )
+
+
 def peak_extra_mib(function):
     """The most memory held during a call beyond what was held before, its results included."""
     gc.collect()

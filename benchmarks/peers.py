@@ -1,13 +1,19 @@
 """What a user would pick instead; what it leaves out is said. A token loss is a function
 (logits, target, tau, rho) -> loss, a contrastive one (image, text, tau_image, tau_text) -> loss, a
-softmax one (logits, tau) -> probabilities in the logits' dtype."""
+softmax one (logits, tau) -> probabilities in the logits' dtype, a linear one
+(hidden, weight, target, tempnet, rho) -> loss."""
 
 import importlib.util
 
 import torch
 import torch.nn.functional as F
 
-from tempnet_kernels import dro_contrastive, dro_cross_entropy, tempered_softmax
+from tempnet_kernels import (
+    dro_contrastive,
+    dro_cross_entropy,
+    linear_dro_cross_entropy,
+    tempered_softmax,
+)
 from tempnet_kernels.reference.official import official_contrastive, official_cross_entropy
 
 _compiled_official = torch.compile(official_cross_entropy, dynamic=False)
@@ -142,3 +148,48 @@ if torch.cuda.is_available():
         return tempered_softmax(logits, tau, backend="triton")
 
     SOFTMAXES["tempnet_kernels, triton"] = tempered_softmax_in_triton
+
+
+def official_linear(hidden, weight, target, tempnet, rho):
+    z = F.linear(hidden, weight)
+    return official_cross_entropy(z, target, tempnet(z.detach()), rho)
+
+
+def ours_with_logits(hidden, weight, target, tempnet, rho):
+    z = F.linear(hidden, weight)
+    return dro_cross_entropy(z, target, tempnet(z.detach()), rho, overwrite_logits=z.requires_grad)
+
+
+def ours_linear(hidden, weight, target, tempnet, rho):
+    return linear_dro_cross_entropy(hidden, weight, target, tempnet=tempnet, rho=rho)
+
+
+def ours_linear_given(hidden, weight, target, tempnet, rho):
+    """No TempNet: one temperature."""
+    return linear_dro_cross_entropy(hidden, weight, target, tau=0.8, rho=rho)
+
+
+LINEAR_LOSSES = {
+    "official eager": official_linear,
+    "tempnet_kernels, with the logits": ours_with_logits,
+    "tempnet_kernels": ours_linear,
+    "tempnet_kernels, tau given": ours_linear_given,
+}
+
+if torch.cuda.is_available() and importlib.util.find_spec("liger_kernel"):
+    from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
+
+    def liger_linear(hidden, weight, target, tempnet, rho):
+        """No temperature at all."""
+        return liger_fused_linear_cross_entropy(hidden, weight, target)
+
+    LINEAR_LOSSES["Liger-Kernel"] = liger_linear
+
+if torch.cuda.is_available() and importlib.util.find_spec("cut_cross_entropy"):
+    from cut_cross_entropy import linear_cross_entropy
+
+    def cut_cross_entropy(hidden, weight, target, tempnet, rho):
+        """No temperature at all."""
+        return linear_cross_entropy(hidden, weight, target)
+
+    LINEAR_LOSSES["cut-cross-entropy"] = cut_cross_entropy

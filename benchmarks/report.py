@@ -24,6 +24,9 @@ LIMITS = {
     "tempered_softmax": COPY,
     "tempered_softmax, forward": COPY,
     "optimal_temperature": COPY,
+    "linear_dro_cross_entropy": "three matrix products",
+    "linear_dro_cross_entropy, frozen": "one matrix product",
+    "TempNet of a linear layer": "its products, folded",
 }
 
 
@@ -32,7 +35,7 @@ def table(info):
     memory."""
     limit = LIMITS[info["op"]]
     peaks = info["peak_extra_mib"]
-    shape = f"D = {info['d']}" if "d" in info else f"V = {info['v']}"
+    shape = ", ".join(f"{letter.upper()} = {info[letter]}" for letter in "vd" if letter in info)
     size = f" (logits {info['logits_mib']:.0f} MiB)" if "logits_mib" in info else ""
     medians = {name: median(times) for name, times in info["time_ms"].items()}
     lines = [

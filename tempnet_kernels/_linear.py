@@ -141,6 +141,16 @@ def _plus(total, x):
     return x if total is None else total + x
 
 
+def _loss_of_rows(backend, group, in_place, *args):
+    """(scale * loss, rows, argmax), with ``in_place`` leaving the gradient in the logits."""
+    if group is not None:
+        sharded = sharded_fwd_ if in_place else sharded_fwd
+        return sharded(backend, *args[:-1], group, args[-1])
+    if in_place:
+        return _op("dro_cross_entropy_fwd_", backend)(*args)
+    return _op("dro_cross_entropy_fwd", backend)(*args[:-1], False, args[-1])[1:]
+
+
 def linear_dro_cross_entropy_fwd(
     backend, hidden, weight, bias, target, tau, scale, tempnet, keep, rho, ignore_index,
     label_smoothing, z_loss, softcap, tau_min, tau_max, center, fold, chunk_rows, drop_ignored,
@@ -193,25 +203,13 @@ def linear_dro_cross_entropy_fwd(
             z.mul_(softcap)
         t = tau[r] if net is None else net.temperatures(h, z, None if keep is None else keep[r])
 
-        if want_grad:
-            if group is None:
-                fwd_ = _op("dro_cross_entropy_fwd_", backend)
-                row_loss, row, row_argmax = fwd_(z, y, t, s, *numbers, want_argmax)
-            else:
-                row_loss, row, row_argmax = sharded_fwd_(
-                    backend, z, y, t, s, *numbers, group, want_argmax
-                )
-            if ratio is not None:  # float16: c p - q, not scaled
-                _op("scale_rows_", backend)(z, ratio[r])
-            if softcap:
-                torch.ops.aten.tanh_backward(z, capped, grad_input=z)
-        elif group is not None:
-            row_loss, row, row_argmax = sharded_fwd(
-                backend, z, y, t, s, *numbers, group, want_argmax
-            )
-        else:
-            fwd = _op("dro_cross_entropy_fwd", backend)
-            _, row_loss, row, row_argmax = fwd(z, y, t, s, *numbers, False, want_argmax)
+        row_loss, row, row_argmax = _loss_of_rows(
+            backend, group, want_grad, z, y, t, s, *numbers, want_argmax
+        )
+        if want_grad and ratio is not None:  # float16: c p - q, not scaled
+            _op("scale_rows_", backend)(z, ratio[r])
+        if want_grad and softcap:
+            torch.ops.aten.tanh_backward(z, capped, grad_input=z)
         loss[r], rows[:, r], taus[r] = row_loss, row, t
         if want_argmax:
             argmax[r] = row_argmax

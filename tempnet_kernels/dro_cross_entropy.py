@@ -308,7 +308,7 @@ def dro_cross_entropy(
 
     With ``process_group``, each of its W ranks passes as many consecutive columns, in the order of
     the ranks, and V above is W times their number. Everything else is the same on every rank:
-    targets count over all columns, and tau must be equal (of a TempNet, from whole rows). Loss,
+    targets count over all columns, and tau must be equal (of a TempNet: see its ``shard``). Loss,
     statistics and the gradients of tau and row_weight come out equal on every rank, and are the
     whole ones; that of the logits is the one of the rank's columns. The forward exchanges 28 bytes
     per row (32 with ``return_stats``; twice that for float64) in one collective, the backward

@@ -98,7 +98,7 @@ def tempered_softmax():
         most = softmax.ONE_PASS_COLUMNS["backward"]
         one_pass, block, num_warps = softmax.config(most, "backward")
         flags = {"LOG": log, "WANT_GRAD": True, "ONE_PASS": one_pass, "BLOCK": block}
-        yield "V=32000", softmax.backward_kernel, flags, num_warps, dtype, True
+        yield f"V={most}", softmax.backward_kernel, flags, num_warps, dtype, True
 
 
 def source(kernel, constexprs, dtype, aligned):

@@ -105,16 +105,19 @@ def test_triton_reads_a_row_twice_that_does_not_fit(v, dtype, log, monkeypatch):
 
     monkeypatch.setattr(kernels, "ONE_PASS_COLUMNS", {"forward": 0, "backward": 0})
     logits, tau, upstream = make((4 if v > 1000 else 30, v), dtype, DEVICE)
-    if v > 1000:
-        logits[0, : v - 500] = -INF  # the whole first block
-        upstream[0, : v - 500] = 0
-        low = logits.masked_fill(logits == -INF, -1e4), tau, upstream
-        exact, plain = (expected(log, *low, d)[1:] for d in (torch.float64, torch.float32))
-        got = run("triton", log, logits, tau, upstream)[1:]
-        for g, e, p in zip(got, exact, plain, strict=True):
-            assert_within_twice_plain(g, e, p)
-    else:
-        check("triton", log, logits, tau, upstream)
+    check("triton", log, logits, tau, upstream)
+    if v < 1000:
+        return
+    masked = torch.zeros_like(logits, dtype=torch.bool)
+    masked[0, : v - 500] = True  # the whole first block
+    low = logits.masked_fill(masked, -1e4), tau, upstream.masked_fill(masked, 0)
+    got = run("triton", log, logits.masked_fill(masked, -INF), *low[1:])
+    assert (got[0][masked] == (-INF if log else 0)).all() and (got[1][masked] == 0).all()
+    exact, plain = (expected(log, *low, d) for d in (torch.float64, torch.float32))
+    for g, e, p in zip(got, exact, plain, strict=True):
+        if g.dim() > 1:
+            g, e, p = (x.masked_fill(masked, 0) for x in (g, e, p))
+        assert_within_twice_plain(g, e, p)
 
 
 @logarithm

@@ -1,0 +1,164 @@
+"""Linear layer, TempNet and token loss, forward and backward: ours, the official formula on whole
+logits, and the matrix products alone, in chunks of the same size.
+
+    make bench
+
+Variants run in turn, round by round; ours is checked in float64 before it is timed. Peaks are of a
+process of their own. Then a frozen model of which only the TempNet is trained, and the TempNet
+alone: its first layer folded into the head, and applied to the logits.
+"""
+
+import pytest
+import torch
+from measure import peak_extra_mib_alone, time_in_turn
+from peers import LINEAR_LOSSES
+
+from tempnet_kernels import _linear, linear_dro_cross_entropy
+from tempnet_kernels.linear_dro_cross_entropy import CHUNK_BYTES, CHUNK_BYTES_WITHOUT_WEIGHT
+from tempnet_kernels.nn import TempNet
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+RHO = 8.0
+ROUNDS = 7 if CUDA else 3
+OURS = "tempnet_kernels"
+if CUDA:
+    SHAPES = [(8192, 128256, 4096, torch.bfloat16), (8192, 32000, 4096, torch.bfloat16)]
+    TEMPNET_SHAPES = [(8192, 128256, 4096, torch.bfloat16)]
+else:
+    SHAPES = [
+        (2048, 32000, 512, torch.float32),
+        (2048, 32000, 512, torch.bfloat16),
+        (4096, 128256, 256, torch.float32),
+    ]
+    TEMPNET_SHAPES = [(8192, 32000, 512, torch.float32)]
+
+
+def make(n, v, d, dtype, frozen=False):
+    torch.manual_seed(torch.seed())  # fresh data every run
+    hidden = torch.randn(n, d, device=DEVICE, dtype=dtype)
+    weight = torch.randn(v, d, device=DEVICE, dtype=dtype) * (2 / d**0.5)
+    target = torch.randint(0, v, (n,), device=DEVICE)
+    grad = not frozen
+    return hidden.requires_grad_(grad), weight.requires_grad_(grad), target, TempNet(v).to(DEVICE)
+
+
+def step(name, hidden, weight, target, net):
+    loss = LINEAR_LOSSES[name](hidden, weight, target, net, RHO)
+    wanted = [x for x in (hidden, weight, *net.parameters()) if x.requires_grad]
+    return loss.detach(), *torch.autograd.grad(loss, wanted, allow_unused=True)
+
+
+class Products:
+    """The products of every chunk: logits, and in a training step both gradients. Its memory is
+    there before."""
+
+    def __init__(self, hidden, weight, training):
+        self.hidden, self.weight, self.training = hidden.detach(), weight.detach(), training
+        budget = (CHUNK_BYTES if training else CHUNK_BYTES_WITHOUT_WEIGHT)[hidden.device.type]
+        v = weight.shape[0]
+        self.rows = min(hidden.shape[0], max(1, budget // (v * weight.element_size())))
+        self.z = hidden.new_empty((self.rows, v))
+        self.grad_hidden = torch.empty_like(self.hidden)
+        self.grad_weight = torch.zeros_like(self.weight)
+
+    @torch.no_grad()
+    def __call__(self):
+        for i in range(0, self.hidden.shape[0], self.rows):
+            h = self.hidden[i : i + self.rows]
+            z = torch.mm(h, self.weight.T, out=self.z[: h.shape[0]])
+            if self.training:
+                torch.mm(z, self.weight, out=self.grad_hidden[i : i + self.rows])
+                self.grad_weight.addmm_(z.T, h)
+
+
+def peak_of(name, frozen, *shape):
+    tensors = make(*shape, frozen)
+    return lambda: step(name, *tensors)
+
+
+def check(hidden, weight, target, net):
+    """Some rows of the launch that is timed, in float64."""
+    net.eval()
+    _, stats = linear_dro_cross_entropy(
+        hidden, weight, target, tempnet=net, rho=RHO, return_stats=True
+    )
+    grads = step(OURS, hidden, weight, target, net)
+    net.train()
+    if len(grads) < 9:
+        return
+    rows = torch.randperm(hidden.shape[0], device=hidden.device)[:8]
+    z = hidden[rows].detach().double() @ weight.detach().double().T
+    tau = stats.tau[rows].double()
+    p = torch.softmax(z / tau[:, None], 1)
+    p[torch.arange(8), target[rows]] -= 1
+    exact = p @ weight.detach().double() / hidden.shape[0]
+    tolerance = 1e-4 if hidden.dtype == torch.float32 else 3e-2
+    assert (grads[1][rows].double() - exact).abs().max() <= tolerance * exact.abs().max()
+
+
+def info_of(op, n, v, d, dtype):
+    return {"op": op, "n": n, "v": v, "d": d, "dtype": str(dtype).removeprefix("torch.")}
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_linear_loss(benchmark, shape, frozen):
+    peak = {}
+    for name in LINEAR_LOSSES:
+        if not frozen or not name.endswith("given"):
+            peak[name] = peak_extra_mib_alone(peak_of, name, frozen, *shape)
+    tensors = make(*shape, frozen)
+    check(*tensors)
+    variants = {name: lambda name=name: step(name, *tensors) for name in peak}
+    op, limit = "linear_dro_cross_entropy", "three matrix products"
+    if frozen:
+        op, limit = f"{op}, frozen", "one matrix product"
+    variants[limit] = Products(*tensors[:2], training=not frozen)
+    time_in_turn(benchmark, OURS, variants, ROUNDS, peak_extra_mib=peak, **info_of(op, *shape))
+
+
+@pytest.mark.parametrize("shape", TEMPNET_SHAPES, ids=str)
+def test_tempnet(benchmark, shape):
+    """Temperatures and all gradients of the network, for logits that are there: the module, and
+    both ways of the chunk loop."""
+    n, v, *_ = shape
+    hidden, weight, _, net = make(*shape, frozen=True)
+    rows = CHUNK_BYTES[DEVICE] // (v * weight.element_size())
+    z, grad_tau = hidden[:rows] @ weight.T, torch.rand(n, device=DEVICE)
+    tensors = [p.detach() for p in (net.proj[0].weight, *net.head(torch.float32))]
+
+    def chunks():
+        return (slice(i, min(n, i + rows)) for i in range(0, n, rows))
+
+    def ours(fold):
+        loop = _linear._TempNetOfChunks(
+            "native", tensors, (0.5, 2.0), False, fold, weight, None, (True, True),
+            torch.float32, None,
+        )  # fmt: skip
+        for r in chunks():
+            count = r.stop - r.start
+            keep = net.dropout_factors((count, 256), DEVICE, torch.float32)
+            loop.temperatures(hidden[r], z[:count], keep)
+            loop.backward(grad_tau[r])
+        return loop.gradients()
+
+    def module():
+        for r in chunks():
+            net(z[: r.stop - r.start]).backward(grad_tau[r])
+        net.zero_grad()
+
+    def products():
+        """(W1 W), two products per row, and (grad of W1 W) W^T."""
+        folded = tensors[0] @ weight.float().T.T
+        pre = hidden.float() @ folded.T
+        return (pre.T @ hidden.float()) @ weight.float().T
+
+    variants = {
+        "module, on the logits": module,
+        "chunk loop, on the logits": lambda: ours(False),
+        OURS: lambda: ours(True),
+        "its products, folded": products,
+    }
+    info = info_of("TempNet of a linear layer", *shape)
+    time_in_turn(benchmark, OURS, variants, ROUNDS, peak_extra_mib={}, **info)
