@@ -224,6 +224,7 @@ def linear_dro_cross_entropy_fwd(
         if any(want_tempnet):
             net.backward(row[GRAD_TAU])
 
+    buffer = tanh = z = capped = None  # their memory is the gradient of W1's now
     if want_hidden:
         all_sum_(grad_hidden, group)
     if live is not None:
