@@ -289,8 +289,8 @@ backward_kernel(TEMPNET_PARAM Params params) {
   const float lse = Constants<float>::kLn2 * (m + log2_s);
   const float c = probability_factor(params.options.z_loss, lse, row.tau);
   const Span<Z, true> span(logits, begin, end);
+  // In place: the thread that overwrites the target's logit has read it; no other one uses it.
   const float z_y = span.holds(row.y) ? to_float(logits[row.y]) : -INFINITY;
-  __syncthreads();  // in place: every thread has read the target's logit before one overwrites it
   write_span(span, grad,
              gradient_of_row(row.a, m, exp2f(-log2_s), z_y, row.y, c, row.scale,
                              params.options.label_smoothing, 1 / float(params.vocab_size)));
