@@ -41,7 +41,7 @@ bench() {
   gpu=$("$PYTHON" -c 'import torch; print(torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0].lower())')
   results=${RESULTS:-benchmarks/results/$gpu}
   mkdir -p "$results"
-  for op in ${OPS:-dro_cross_entropy dro_contrastive optimal_temperature}; do
+  for op in ${OPS:-dro_cross_entropy linear_dro_cross_entropy tempered_softmax optimal_temperature dro_contrastive}; do
     "$PYTHON" -m pytest "benchmarks/bench_$op.py" -q --benchmark-json="$results/$op.json"
     "$PYTHON" benchmarks/report.py "$results/$op.json"
   done
