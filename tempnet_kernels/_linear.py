@@ -78,18 +78,21 @@ class _TempNetOfChunks:
         self.shift, squares = moments[SHIFT], moments[SQUARES]  # (n,) each
         if self.group is not None:
             self.shift, squares = _tempnet.merged_moments(all_gather(moments, self.group))
-        self.inverse = squares.sqrt().clamp_min(_tempnet.NORM_MIN).reciprocal()
+        inverse = squares.sqrt().clamp_min(_tempnet.NORM_MIN).reciprocal()
+        # Of equal logits x is 0, and the fold's rounding must not be divided by the least norm.
+        self.inverse = torch.where(squares == 0, 0, inverse)
         self.keep = keep
         if self.fold:
-            self.input, weight = hidden.to(self.dtype), self.folded  # (n, D), (H, D)
+            x, weight = hidden.to(self.dtype), self.folded  # (n, D), (H, D)
         else:
             x = logits.to(self.acc, copy=True)
             if self.center:
                 x -= self.shift[:, None]
             x.masked_fill_(x == -torch.inf, 0).mul_(self.inverse[:, None])
-            self.input, weight = x.to(self.dtype), self.w1.to(self.dtype)  # (n, V), (H, V)
+            x, weight = x.to(self.dtype), self.w1.to(self.dtype)  # (n, V), (H, V)
         pre = hidden.new_empty((hidden.shape[0], weight.shape[0]), dtype=self.acc)  # (n, H)
-        multiply(self.input, weight.T, pre)
+        multiply(x, weight.T, pre)
+        self.input = x if self.want_w1 else None
         if not self.fold:
             all_sum_(pre, self.group)
         else:
@@ -114,6 +117,7 @@ class _TempNetOfChunks:
             return
         if not self.fold:
             add_product(self.grad_w1, grad_pre.T.to(self.dtype), self.input)
+            self.input = None  # as large as the chunk
             return
         grad_pre *= self.inverse[:, None]
         add_product(self.grad_folded, grad_pre.T.to(self.dtype), self.input)
@@ -164,7 +168,7 @@ def linear_dro_cross_entropy_fwd(
     numbers = (rho, ignore_index, label_smoothing, z_loss)
 
     loss, rows = scale.new_zeros(n), scale.new_full((ROWS, n), torch.nan)
-    rows[[LOSS, GRAD_TAU]] = 0
+    rows[LOSS], rows[GRAD_TAU] = 0, 0
     argmax = target.new_full((n if want_argmax else 0,), -1, dtype=torch.int64)
     taus = scale.new_full((n,), torch.nan)
     grad_hidden = hidden.new_zeros((n if want_hidden else 0, d))
@@ -206,8 +210,6 @@ def linear_dro_cross_entropy_fwd(
         row_loss, row, row_argmax = _loss_of_rows(
             backend, group, want_grad, z, y, t, s, *numbers, want_argmax
         )
-        if want_grad and ratio is not None:  # float16: c p - q, not scaled
-            _op("scale_rows_", backend)(z, ratio[r])
         if want_grad and softcap:
             torch.ops.aten.tanh_backward(z, capped, grad_input=z)
         loss[r], rows[:, r], taus[r] = row_loss, row, t
@@ -217,6 +219,8 @@ def linear_dro_cross_entropy_fwd(
             torch.mm(z, weight, out=grad_hidden[r])
         elif want_hidden:
             grad_hidden[r] = z @ weight
+        if ratio is not None and (want_weight or want_bias):  # float16: c p - q, not scaled
+            _op("scale_rows_", backend)(z, ratio[r])
         if want_weight:
             add_product(grad_weight, z.T, h)
         if want_bias:

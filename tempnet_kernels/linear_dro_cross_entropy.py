@@ -21,7 +21,7 @@ from tempnet_kernels._checks import (
     temperatures,
 )
 from tempnet_kernels._products import unit_of
-from tempnet_kernels._ranks import several
+from tempnet_kernels._ranks import all_gather, several
 from tempnet_kernels._vocabulary import columns_of
 from tempnet_kernels.dro_cross_entropy import (
     GRAD_TAU,
@@ -83,8 +83,9 @@ _register.define(
 # scale [N] as in dro_cross_entropy_fwd. tempnet: W1 [H, V], b1, W2, b2, scaler, last.weight,
 # last.bias, or nothing; keep: [N, H] dropout factors. wants: the gradients of hidden, of weight, of
 # bias, of W1, of the other six. Returns scale * loss [N], rows [6, N], argmax, the
-# temperatures [N] (NaN in ignored rows), and the gradients; for float16 those of hidden, weight and
-# bias lack the factor unit_of(scale). The TempNet's are in the accumulation dtype.
+# temperatures [N] (NaN in ignored rows), and the gradients; for float16 that of hidden lacks the
+# factor scale of its row, those of weight and bias the factor unit_of(scale). The TempNet's are in
+# the accumulation dtype.
 _register.define(
     "linear_dro_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, "
     "Tensor tau, Tensor scale, Tensor[] tempnet, Tensor? keep, float rho, int ignore_index, "
@@ -135,7 +136,7 @@ class _LinearDROCrossEntropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, *tempnet)]
         if ctx.each_row:
-            grads = [hidden, weight, bias, tau, target, keep, *tempnet]
+            grads = [hidden, weight, bias, tau, target, keep, *tempnet] if any(ctx.wants) else []
         ctx.save_for_backward(rows, scale, *grads)
 
     @staticmethod
@@ -147,15 +148,18 @@ class _LinearDROCrossEntropy(torch.autograd.Function):
             return (None,) * len(needed)
         factor, row_scale = grad_loss, scale
         if ctx.each_row:
-            hidden, weight, bias, tau, target, keep, *tempnet = grads
             factor, row_scale = scale.new_ones(()), grad_loss * scale
+        if ctx.each_row and any(ctx.wants):
+            hidden, weight, bias, tau, target, keep, *tempnet = grads
             *_, grad_hidden, grad_weight, grad_bias, grads_tempnet = _fwd(
                 ctx.backend, ctx.group, hidden, weight, bias, target, tau, row_scale, tempnet, keep,
                 *ctx.options, ctx.wants, False,
             )  # fmt: skip
             grads = [grad_hidden, grad_weight, grad_bias, *grads_tempnet]
-        unit = unit_of(row_scale) if ctx.dtypes[0] == torch.float16 else 1
-        factors = [factor * unit] * 3 + [factor] * (len(grads) - 3)
+        factors = [factor] * len(grads)
+        if ctx.dtypes[0] == torch.float16:
+            unit = factor * unit_of(row_scale)
+            factors[:3] = [factor * row_scale, unit, unit]
         wanted = (*needed[:3], *needed[13:])
         finished = [
             _times(grad, by, dtype, ctx.backend) if want else None
@@ -208,8 +212,8 @@ def linear_dro_cross_entropy(
     :func:`tempnet_kernels.dro_cross_entropy`. The gradients are formed with the loss, a chunk of
     rows at a time: three matrix products for both ``hidden`` and ``weight``, two for one of them,
     one for neither (a frozen model whose TempNet is trained). ``reduction="none"`` makes the logits
-    again in the backward. Only the gradients that something wants are computed, and the weight's is
-    summed in float32.
+    again in the backward, with what ranks exchange. Only the gradients that something wants are
+    computed, and the weight's is summed in float32.
 
     Args:
         hidden: ``[..., D]`` float32, bfloat16, float16 or float64. Under autocast it and the weight
@@ -236,7 +240,8 @@ def linear_dro_cross_entropy(
             (and of bias), in the order of the ranks; see :func:`tempnet_kernels.dro_cross_entropy`.
             A tempnet must be sharded over it (:meth:`tempnet_kernels.nn.TempNet.shard`). All else
             is the same on every rank, and so are the loss and the gradients of hidden, tau,
-            row_weight and the rest of the TempNet. Exchanged are 28 bytes per row, 16 more with a
+            row_weight and the rest of the TempNet. Where it is not, CPU tensors raise ValueError on
+            every rank, and a GPU may wait for ever. Exchanged are 28 bytes per row, 16 more with a
             TempNet, and the sum of the hidden gradient; once per call the folded first layer
             ``[H, D]``, or for every row the ``[H]`` outputs of one that is not folded.
         backend: "auto", "native", "triton" or "reference", which holds all logits of one process.
@@ -323,6 +328,8 @@ def _loss(
         chunk_rows = max(1, budget // (v * hidden.element_size()))
     if drop_ignored is None:
         drop_ignored = device.type == "cpu"
+    if group is not None and device.type == "cpu":
+        _check_same_on_every_rank(name, group, v, d, n, chunk_rows, *wants)
     options = (
         float(rho), ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0),
         *bounds, center, fold, chunk_rows, drop_ignored,
@@ -339,6 +346,18 @@ def _loss(
     if return_stats:
         loss = loss, token_stats(rows, argmax, taus, columns_of(v, group)[1], target.shape)
     return loss, taus.reshape(target.shape)
+
+
+def _check_same_on_every_rank(name, group, *own):
+    """They decide which collectives follow. On a GPU reading them would wait for it."""
+    table = all_gather(torch.tensor(own), group)
+    if (table != table[0]).any():
+        v, d, n, chunk_rows, *wants = table.T.tolist()
+        raise ValueError(
+            f"{name}: weight must have as many rows on every rank of process_group, and D, the "
+            "number of rows, chunk_rows and what requires a gradient must be the same, got by rank "
+            f"{v}, {d}, {n}, {chunk_rows} and {wants}"
+        )
 
 
 def folding_pays(n, v, d):

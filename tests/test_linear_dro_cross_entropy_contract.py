@@ -13,10 +13,11 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
-from tempnet_kernels import dro_cross_entropy, linear_dro_cross_entropy
+from tempnet_kernels import _linear, dro_cross_entropy, linear_dro_cross_entropy
 from tempnet_kernels.nn import TempNet
 
 BACKENDS = ["reference", "native", "triton"]
+linear_module = sys.modules["tempnet_kernels.linear_dro_cross_entropy"]
 
 
 @pytest.fixture(params=BACKENDS)
@@ -132,6 +133,19 @@ def test_shapes_of_a_batch_and_strided_inputs(backend, device):
     )  # fmt: skip
     loss, grad_hidden, grad_weight, *others = transposed
     assert_same((loss, grad_hidden.t(), grad_weight.t(), *others), expected)
+
+
+@pytest.mark.parametrize("of", ["tau", "row_weight"])
+def test_gradient_of_each_row_in_tau_or_weight_makes_no_logits_again(of):
+    hidden, weight, target, _ = make("cpu")
+    options = {"tau": torch.rand(6) + 0.5, "row_weight": torch.rand(6)}
+    options[of].requires_grad_()
+    with compare.counted_flops(_linear, "linear_dro_cross_entropy_fwd") as flops:
+        loss = linear_dro_cross_entropy(
+            hidden, weight, target, rho=0.5, reduction="none", **options
+        )
+        loss.sum().backward()
+    assert len(flops) == 1 and options[of].grad.abs().max() > 0
 
 
 def test_int32_targets(backend, device):
@@ -290,6 +304,54 @@ def test_does_not_read_results_on_the_host(reduction):
         target, net = torch.zeros(6, dtype=torch.int64), TempNet(40)
         step(target, net, "auto", reduction=reduction)(hidden, weight).sum().backward()
         assert hidden.grad.shape == (6, 8) and net.proj[0].weight.grad.shape == (256, 40)
+
+
+def test_the_loop_does_not_read_results_on_the_host(monkeypatch):
+    """The operator's loop itself, which fake tensors do not reach through the operator."""
+    monkeypatch.setattr(_linear, "check_target", lambda *args: None)  # it reads CPU tensors only
+    with torch._subclasses.FakeTensorMode():
+        hidden, weight, tau, scale = (torch.empty(s) for s in ((6, 8), (40, 8), 6, 6))
+        target, net = torch.empty(6, dtype=torch.int64), TempNet(40)
+        tensors = [net.proj[0].weight, *net.head(torch.float32)]
+        with torch.no_grad():
+            *_, grads = _linear.linear_dro_cross_entropy_fwd(
+                "reference", hidden, weight, None, target, tau, scale, tensors, None, 0.5, -100,
+                0.1, 0.01, 0.0, 0.5, 2.0, True, True, 4, False, [True] * 5, True,
+            )  # fmt: skip
+        assert [g.shape for g in grads] == [t.shape for t in tensors]
+
+
+@pytest.mark.parametrize("bad", [torch.nan, 1e6])
+def test_a_large_weight_of_a_row_leaves_the_other_hidden_gradients(backend, bad, device):
+    """float16 too, whose gradients are multiplied in the backward."""
+    hidden, weight, target, _ = make(device, dtype=torch.float16)
+    results = []
+    for value in (bad, 1.0):
+        row_weight = torch.ones(6, device=device)
+        row_weight[3] = value
+        h = hidden.clone().requires_grad_()
+        linear_dro_cross_entropy(
+            h, weight, target, row_weight=row_weight, reduction="sum", backend=backend
+        ).backward()
+        results.append(h.grad)
+    others = [0, 2, 4, 5]
+    assert torch.equal(results[0][others], results[1][others])
+    assert results[1][others].abs().amax(1).min() > 0
+
+
+def test_equal_logits_have_the_same_temperature_folded(backend, monkeypatch):
+    """x is 0 there, whatever rounding the fold leaves."""
+    weight, net = torch.randn(40, 8), TempNet(40, center="max", dropout=0.0)
+    bias = torch.full((40,), 3.3)
+    hidden, target = torch.zeros(2, 8), torch.tensor([1, 2])
+    taus = []
+    for fold in (True, False):
+        monkeypatch.setattr(linear_module, "folding_pays", lambda *sizes, fold=fold: fold)
+        _, stats = linear_dro_cross_entropy(
+            hidden, weight, target, tempnet=net, bias=bias, return_stats=True, backend=backend
+        )
+        taus.append(stats.tau)
+    torch.testing.assert_close(*taus, rtol=1e-6, atol=0)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")

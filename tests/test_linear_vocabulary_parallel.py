@@ -143,7 +143,8 @@ def test_tens_of_bytes_of_a_row_are_exchanged(gloo):
     # No gradient of hidden is wanted here. The folded first layer [H, D] goes once, and 8 bytes of
     # the dropout's key; 4 in each chunk are the number of columns.
     for size in gloo.run(4, exchanged, tensors, target, net):
-        assert size == live * 44 + 16 * d * 4 + 8 + 4
+        sizes = 9 * 8  # and what else must be the same
+        assert size == live * 44 + 16 * d * 4 + 8 + 4 + sizes
 
 
 # The TempNet itself, and the modules.
@@ -203,6 +204,29 @@ def test_modules_take_the_group_of_their_network(gloo):
             torch.testing.assert_close(loss, expected.detach())
 
 
+def wrapped(group, logits, target, net):
+    whole = TempNetCrossEntropyLoss(net, RHO)(logits, target)
+    data_parallel = torch.nn.parallel.DistributedDataParallel(net, process_group=group)
+    loss = TempNetCrossEntropyLoss(data_parallel, RHO)(logits, target)
+    return whole.detach(), loss.detach(), net(logits[0]).shape
+
+
+def test_group_of_ddp_is_not_one_of_columns(gloo):
+    logits, target = torch.randn(6, V), torch.randint(0, V, (6,))
+    for whole, loss, shape in gloo.run(2, wrapped, logits, target, network(V)):
+        assert torch.equal(loss, whole) and shape == ()
+
+
+def one_row(group, row, net):
+    return net.shard(group)(own(row, group))
+
+
+def test_sharded_network_takes_a_single_row(gloo):
+    row, net = torch.randn(V), network(V).eval()
+    for tau in gloo.run(2, one_row, row, net):
+        torch.testing.assert_close(tau, net(row), rtol=1e-5, atol=0)
+
+
 def test_shard_keeps_what_the_first_rank_has(gloo):
     net = network(V)
     whole, parts = net.state_dict(), gloo.run(4, sharded_state, net)
@@ -242,6 +266,7 @@ def errors(group):
         error_of(group, network(V + 1).shard),
         call(hidden, w, bad),
         call(hidden, weight[: 5 + group.rank()], target % 8),
+        call(hidden, w, target, chunk_rows=1 + group.rank()),
         error_of(group, lambda _: linear_dro_cross_entropy(hidden, w, target, process_group=0)),
     )
 
@@ -256,7 +281,8 @@ def test_misuse_raises_on_every_rank(gloo):
                 "RuntimeError: TempNet: shard was called before",
                 "TempNet: vocab_size must be a multiple of the 2 ranks of process_group, got 121",
                 "IndexError: linear_dro_cross_entropy: target[2] must be in [0, 120)",
-                "must have as many columns on every rank of process_group, got [5, 6]",
+                "must have as many rows on every rank of process_group",
+                "must be the same, got by rank [60, 60], [8, 8], [5, 5], [1, 2] and",
                 "TypeError: linear_dro_cross_entropy: process_group must be a torch.distributed",
             ),
             strict=True,

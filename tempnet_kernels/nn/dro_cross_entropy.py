@@ -7,7 +7,7 @@ from torch import nn
 from tempnet_kernels._ranks import SharesGroup
 from tempnet_kernels.dro_cross_entropy import dro_cross_entropy
 from tempnet_kernels.linear_dro_cross_entropy import loss_and_temperatures
-from tempnet_kernels.nn.tempnet import TemperatureStats
+from tempnet_kernels.nn.tempnet import TemperatureStats, TempNet
 
 
 class DROCrossEntropyLoss(SharesGroup, nn.Module):
@@ -62,7 +62,9 @@ class _PredictedTemperatures(nn.Module):
 
     @property
     def process_group(self):
-        return getattr(self.tempnet, "process_group", None)
+        """That of ``tempnet.shard``. DDP and FSDP have one of that name, which is another."""
+        network = getattr(self.tempnet, "module", self.tempnet)
+        return network.process_group if isinstance(network, TempNet) else None
 
     def temperature_stats(self):
         """:class:`TemperatureStats` of the last batch, without waiting for a GPU."""

@@ -103,8 +103,9 @@ class TempNet(SharesGroup, nn.Module):
         ``process_group`` share; see :func:`tempnet_kernels.dro_cross_entropy`. Returns self.
 
         Call it on every rank once the network is loaded, before the optimizer is made. The other
-        parameters become those of the first rank, and their gradients are equal on every rank;
-        ``proj.0.weight`` is then ``[hidden_size, V / world_size]``, in the state dict too.
+        parameters become those of the first rank, and their gradients are equal on every rank; a
+        norm to clip by must be one of all ranks, or they drift apart. ``proj.0.weight`` is then
+        ``[hidden_size, V / world_size]``, in the state dict too.
         """
         if self.process_group is not None:
             raise RuntimeError("TempNet: shard was called before")
@@ -145,7 +146,7 @@ class TempNet(SharesGroup, nn.Module):
         z = logits.detach()
         if self.process_group is not None:
             moments = all_gather(
-                row_moments(z.flatten(0, -2), self.center == "max"), self.process_group
+                row_moments(z.reshape(-1, v), self.center == "max"), self.process_group
             )
             shift, squares = (x.view(*z.shape[:-1], 1) for x in _tempnet.merged_moments(moments))
             norm = squares.sqrt()

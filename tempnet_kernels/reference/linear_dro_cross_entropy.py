@@ -46,12 +46,12 @@ def linear_dro_cross_entropy_fwd(
     dz, loss, rows, argmax = dro_cross_entropy_fwd(
         z, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, True, want_argmax
     )
-    if hidden.dtype == torch.float16:  # c p - q, not scaled
-        dz = (dz.to(acc) * (scale / unit_of(scale))[:, None]).to(dz.dtype)
     if softcap:
         dz = dz * (1 - tanh * tanh)
-    wide = dz.to(acc)
     grad_hidden = (dz @ weight) if want_hidden else hidden.new_empty((0, hidden.shape[1]))
+    wide = dz.to(acc)
+    if hidden.dtype == torch.float16:  # c p - q, not scaled
+        wide *= (scale / unit_of(scale))[:, None]
     grad_weight = wide.T @ h.to(acc) if want_weight else wide.new_empty((0, hidden.shape[1]))
     grad_bias = wide.sum(0) if want_bias else wide.new_empty(0)
     if hidden.dtype != torch.float16:
