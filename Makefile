@@ -27,9 +27,12 @@ format: .venv/installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(CPP)
 
-.venv/installed: requirements-dev.txt
+.venv/installed: requirements-dev.txt Makefile
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	# Without what it depends on: PyPI's torchvision does not load beside a CPU build of torch, and
+	# where it is installed transformers does not either.
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps open_clip_torch==3.3.0
 	touch $@
 
 .venv/built: .venv/installed setup.py pyproject.toml $(SOURCES)

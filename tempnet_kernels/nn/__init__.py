@@ -1,5 +1,6 @@
 """Modules that trainers hold."""
 
+from tempnet_kernels.nn.checkpoint import load_tempnet, save_tempnet
 from tempnet_kernels.nn.contrastive_tempnet import ContrastiveTempNet
 from tempnet_kernels.nn.dro_contrastive import ContrastiveTemperatureStats, RobustContrastiveLoss
 from tempnet_kernels.nn.dro_cross_entropy import (
@@ -18,4 +19,6 @@ __all__ = [
     "TempNetCausalLMLoss",
     "TempNetCrossEntropyLoss",
     "TemperatureStats",
+    "load_tempnet",
+    "save_tempnet",
 ]
