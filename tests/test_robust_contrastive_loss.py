@@ -413,7 +413,7 @@ def test_module_compiles_without_a_graph_break():
     [
         ({"method": "siglip"}, "method must be one of"),
         ({"method": "sogclr", "gamma": 0}, r"gamma must be in \(0, 1\], got 0"),
-        ({"method": "sogclr", "num_samples": 0}, "num_samples must be an integer >= 1, got 0"),
+        ({"method": "isogclr", "num_samples": 0}, "num_samples must be an integer >= 1, got 0"),
         ({"method": "sogclr", "tau": -1}, "tau must be a finite number > 0, got -1"),
         ({"method": "isogclr", "tau_min": 0.1}, "tau_min and tau_max must satisfy"),
         ({"method": "isogclr", "tau": 0.3}, r"tau must be in \[0.005, 0.05\] for method 'isogclr'"),
@@ -428,7 +428,10 @@ def test_module_compiles_without_a_graph_break():
         ),
         ({"method": "sogclr", "rho": math.nan}, "rho must be finite, got nan"),
         ({"method": "sogclr", "backend": "cuda"}, "backend must be one of"),
-        ({"method": "sogclr", "num_samples": 1e3}, "num_samples must be an integer >= 1"),
+        (
+            {"method": "sogclr", "num_samples": 1e3},
+            "num_samples must be an integer >= 0, got 1000.0",
+        ),
         ({"method": "sogclr", "estimator": "b"}, "estimator must be 'log' or 'official', got 'b'"),
         ({"method": "clip", "estimator": "official"}, "estimator='official' is for sogclr"),
         (

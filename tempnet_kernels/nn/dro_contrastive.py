@@ -145,7 +145,8 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
 
     Args:
         num_samples: number of pairs of the training set; the state is one float32 per sample and
-            side. 0 for ``method="clip"``.
+            side. 0 for ``method="clip"``; and for sogclr and tempnet without a state, where every
+            visit is a first one, ids are not taken, and gamma is not read.
         gamma: weight of a batch in the moving averages, in (0, 1].
         rho: KL radius in nats. The KL of n negatives is at most log n: with a rho above that of the
             whole batch, learned temperatures only fall.
@@ -196,8 +197,11 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
             raise ValueError(f"{name}: method must be one of {METHODS}, got {method!r}")
         if estimator not in ("log", "official"):
             raise ValueError(f"{name}: estimator must be 'log' or 'official', got {estimator!r}")
-        if not isinstance(num_samples, int) or num_samples < (method != "clip"):
-            raise ValueError(f"{name}: num_samples must be an integer >= 1, got {num_samples}")
+        least = int(method == "isogclr" or estimator == "official")
+        if not isinstance(num_samples, int) or num_samples < least:
+            raise ValueError(
+                f"{name}: num_samples must be an integer >= {least}, got {num_samples}"
+            )
         if not 0 < gamma <= 1:
             raise ValueError(f"{name}: gamma must be in (0, 1], got {gamma}")
         if not math.isfinite(rho):
@@ -249,7 +253,7 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
 
     def forward(
         self, image, text, ids=None, *, image_ids=None, text_ids=None, negative_mask=None,
-        update_state=True, epoch=None, return_stats=False,
+        update_state=True, logit_scale=None, epoch=None, return_stats=False,
     ):  # fmt: skip
         """The loss of a batch of pairs.
 
@@ -265,6 +269,9 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
                 several processes its columns are the pairs of all, in the order of the ranks.
             update_state: False for a repeated call on the same batch, which also repeats the
                 dropout masks. In eval mode there is no update either.
+            logit_scale: clip's, of a model that has its own: 1 / tau, a positive number or tensor
+                of one element, taken as it is. This module's parameter then has no gradient: set
+                ``loss.logit_scale = None`` before the optimizer is made.
             epoch: what ``estimator="official"`` needs; "log" does not read it.
             return_stats: also return :class:`tempnet_kernels.ContrastiveStats`.
 
@@ -273,7 +280,13 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
             RuntimeError: the call is repeated within a backward pass, by activation checkpointing,
                 and would update the state a second time.
         """
-        update = update_state and self.training and self.method != "clip"
+        stateless = self.method == "clip" or not self.num_samples
+        update = update_state and self.training and not stateless
+        if logit_scale is not None and self.method != "clip":
+            raise ValueError(
+                "RobustContrastiveLoss: logit_scale goes with method='clip', "
+                f"got method={self.method!r}"
+            )
         self._check(image, text, ids, update, image_ids=image_ids, text_ids=text_ids)
         ids = None if ids is None else ids.long()
         if self.estimator == "official":
@@ -282,7 +295,7 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
         image_ids = ids if image_ids is None else image_ids
         text_ids = ids if text_ids is None else text_ids
         ranks = self._meet(image, text, image_ids, text_ids, update)
-        taus = self._temperatures(image, text, ids, update)
+        taus = self._temperatures(image, text, ids, update, logit_scale)
         clip = self.method == "clip"
         log_s = {}
         if ids is not None and not clip:
@@ -352,8 +365,18 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
                     "move the loss with .to(device)"
                 )
         if ids is None:
-            if self.method == "isogclr" or (self.method != "clip" and self.training):
-                raise ValueError(f"{name}: ids must be given for method {self.method!r}")
+            if self.method == "isogclr" or (
+                self.method != "clip" and self.training and self.num_samples
+            ):
+                raise ValueError(
+                    f"{name}: ids must be given for method {self.method!r} with num_samples="
+                    f"{self.num_samples}: the pairs' places in the training set"
+                )
+        elif self.method != "clip" and not self.num_samples:
+            raise ValueError(
+                f"{name}: ids go with a state, got num_samples=0: pass the number of pairs of the "
+                "training set, or image_ids and text_ids if they only say which pairs are equal"
+            )
         else:
             check_integers(name, "ids", ids, image.shape[:1], image.device)
             if ids.device.type == "cpu" and not torch.compiler.is_compiling():
@@ -383,23 +406,27 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
             "RobustContrastiveLoss", group, image, text, method=METHODS.index(self.method),
             num_samples=self.num_samples, gamma=self.gamma, rho=self.rho, update_state=update,
             ids=image_ids is not None, text_ids=text_ids is not None,
-            **{"the state (a state dict is to be loaded on every rank)": self.state.fingerprint},
+            **self._alike(),
         )  # fmt: skip
         if ranks is not None:
             self.state.in_step = True
         return ranks
+
+    def _alike(self):
+        """What else must be the same on all ranks: name -> function that returns a number."""
+        return {"the state (a state dict is to be loaded on every rank)": self.state.fingerprint}
 
     def _group(self):
         if self.process_group != "world":
             return self.process_group
         return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
-    def _temperatures(self, image, text, ids, update):
-        taus = self._predicted(image, text, ids, update)
+    def _temperatures(self, image, text, ids, update, logit_scale=None):
+        taus = self._predicted(image, text, ids, update, logit_scale)
         self._taus = tuple(tau.detach() for tau in taus)
         return taus
 
-    def _predicted(self, image, text, ids, update):
+    def _predicted(self, image, text, ids, update, logit_scale):
         """Of the anchors of both sides, each ``[B]`` or one number as 0-d."""
         if self.method == "tempnet":
             return (
@@ -408,7 +435,9 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
             )
         if self.method == "isogclr":
             return self.state.read("tau_image", ids), self.state.read("tau_text", ids)
-        if self.method == "clip":
+        if self.method == "clip" and logit_scale is not None:
+            tau = 1 / torch.as_tensor(logit_scale, device=image.device).reshape(())
+        elif self.method == "clip":
             # Not the parameter, of which FSDP hands out a copy.
             low, high = (-math.log(tau) for tau in reversed(CLIP_TAU))
             tau = torch.exp(-_Bounded.apply(self.logit_scale, low, high)).squeeze(0)
