@@ -454,6 +454,8 @@ def test_bad_options_say_what_was_expected(options, message):
         ({}, {"ids": torch.arange(B - 1)}, ValueError, r"ids must have shape \(12,\)"),
         ({}, {"ids": torch.arange(B) + 30}, IndexError, r"ids\[10\] must be in \[0, 40\), got 40"),
         ({"estimator": "official"}, {}, ValueError, "estimator='official' needs ids, epoch and"),
+        ({"samples": 0}, {}, ValueError, "ids go with a state, got num_samples=0: pass the"),
+        ({}, {"logit_scale": 10.0}, ValueError, "logit_scale goes with method='clip', got"),
         (
             {"estimator": "official"}, {"epoch": 0, "return_stats": True}, ValueError,
             "estimator='official' has no image_ids",

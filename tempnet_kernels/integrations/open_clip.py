@@ -65,6 +65,11 @@ class TempNetClipLoss(RobustContrastiveLoss):
                 raise ValueError(f"{NAME}: {option} is not an option here; remove it")
         super().__init__(num_samples, **options)
         if self.method == "clip":
+            if "tau" in options:
+                raise ValueError(
+                    f"{NAME}: tau is the model's for method 'clip': make the model with "
+                    "init_logit_scale=-log(tau), and remove it here"
+                )
             self.logit_scale = None  # the model's takes its place
 
     def forward(
