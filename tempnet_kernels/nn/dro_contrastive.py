@@ -436,7 +436,8 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
         if self.method == "isogclr":
             return self.state.read("tau_image", ids), self.state.read("tau_text", ids)
         if self.method == "clip" and logit_scale is not None:
-            tau = 1 / torch.as_tensor(logit_scale, device=image.device).reshape(())
+            acc = accumulation_dtype(image.dtype)
+            tau = 1 / torch.as_tensor(logit_scale, dtype=acc, device=image.device).reshape(())
         elif self.method == "clip":
             # Not the parameter, of which FSDP hands out a copy.
             low, high = (-math.log(tau) for tau in reversed(CLIP_TAU))
