@@ -96,7 +96,8 @@ def patched(file):
     hunks = patch.split("@@\n")[1:]
     for hunk in hunks:
         lines = hunk.splitlines(keepends=True)
-        old, new = ("".join(x[1:] for x in lines if x[0] in side) for side in (" -", " +"))
+        # From the start of a line, as patch does.
+        old, new = ("\n" + "".join(x[1:] for x in lines if x[0] in side) for side in (" -", " +"))
         assert source.count(old) == 1, f"{source.count(old)} times in {file}:\n{old}"
         source = source.replace(old, new)
     assert len(hunks) >= 2
@@ -120,7 +121,7 @@ def loop_args(**changes):
 
 def train(
     loss, epochs=1, data=None, model=None, loop=None, freeze=True, optimizer=torch.optim.AdamW,
-    **changes,
+    tempnet_lr=1e-2, **changes,
 ):  # fmt: skip
     """open_clip's train_one_epoch, or that of ``loop``. Returns the model. SGD is for runs that are
     compared: Adam turns the rounding of a gradient that is 0 into steps."""
@@ -129,7 +130,7 @@ def train(
     loop = importlib.import_module("open_clip_train.train") if loop is None else loop
     groups = [{"params": [p for p in model.parameters() if p.requires_grad]}]
     if list(loss.parameters()):
-        groups.append({"params": list(loss.parameters()), "lr": 1e-2, "weight_decay": 0.0})
+        groups.append({"params": list(loss.parameters()), "lr": tempnet_lr, "weight_decay": 0.0})
     optimizer = optimizer(groups, lr=1e-3)
     data = Data() if data is None else data
     for epoch in range(epochs):

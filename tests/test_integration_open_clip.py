@@ -313,7 +313,7 @@ def contrastive_training(num_samples, sizes=(8,), rank=0):
         model, loss = DistributedDataParallel(model), DistributedDataParallel(tempnets)
     train(
         loss, epochs=2, data=Data(ids=bool(num_samples), sizes=sizes, rank=rank), model=model,
-        loop=loop, optimizer=torch.optim.SGD, rank=rank, world_size=len(sizes),
+        loop=loop, optimizer=torch.optim.SGD, tempnet_lr=10.0, rank=rank, world_size=len(sizes),
     )  # fmt: skip
     return before, getattr(model, "module", model).state_dict(), tempnets.state_dict()
 
@@ -328,7 +328,7 @@ def test_ddp_on_two_ranks_of_unlike_sizes_trains_as_one_process(two_ranks, open_
     before, *expected = contrastive_training(num_samples)
     results = two_ranks.run(2, train_in_ddp, num_samples, (5, 3))
     for name in ("image_temp_gen.prototypes", "text_temp_gen.linear_1.weight"):
-        assert (expected[1][name] - before[name]).abs().max() > 1e-5
+        assert (expected[1][name] - before[name]).abs().max() > 1e-3
     for _, *states in results:
         for got, single in zip(states, expected, strict=True):
             for name, e in single.items():
