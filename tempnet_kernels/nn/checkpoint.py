@@ -8,7 +8,6 @@ import torch
 
 from tempnet_kernels.nn.tempnet import TempNet
 
-SETTINGS = ("tau_min", "tau_max", "center")  # what a state dict does not say
 PUBLISHED = (
     "0.5 and 5.0 for GPT-2, 0.01 and 2.0 for LLaMA-1 and LLaMA-2, 0.01 and 1.2 for the released "
     "LLaMA-2 Chat"
@@ -64,7 +63,8 @@ def load_tempnet(source, *, tau_min=None, tau_max=None, center=None):
 
 def settings_of(tempnet):
     """What the state dict does not say, for JSON."""
-    return {name: getattr(tempnet, name) for name in SETTINGS}
+    settings = {name: getattr(tempnet, name) for name in ("tau_min", "tau_max", "center")}
+    return {**settings, "dropout": tempnet.proj[2].p}
 
 
 def read_tempnet(source):

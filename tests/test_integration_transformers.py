@@ -1,0 +1,423 @@
+"""Hugging Face transformers, on tiny models with random weights."""
+
+import copy
+import math
+
+import pytest
+import torch
+from torch import nn
+from transformers import (
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    PhiConfig,
+    PhiForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+
+from tempnet_kernels.integrations.transformers import TempNetLogitsProcessor, apply_tempnet
+from tempnet_kernels.nn import TempNet, load_tempnet
+
+V, RHO = 96, 2.0
+SMALL = {
+    "vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 2, "max_position_embeddings": 64,
+    "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+MODELS = {
+    "llama": lambda: LlamaForCausalLM(LlamaConfig(**SMALL)),
+    # The head's weight is the embeddings'.
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=V, n_embd=16, n_layer=2, n_head=2, n_positions=64, resid_pdrop=0,
+            embd_pdrop=0, attn_pdrop=0, bos_token_id=1, eos_token_id=2,
+        )
+    ),
+    # A head with a bias.
+    "phi": lambda: PhiForCausalLM(PhiConfig(**SMALL)),
+    # A loss of the router is added to that of the tokens.
+    "mixtral": lambda: MixtralForCausalLM(
+        MixtralConfig(**SMALL, num_local_experts=2, output_router_logits=True)
+    ),
+    # Capped logits.
+    "gemma2": lambda: Gemma2ForCausalLM(
+        Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=0.05)
+    ),
+}  # fmt: skip
+
+
+def llama():
+    return MODELS["llama"]().train()
+
+
+def network(**options):
+    torch.manual_seed(3)
+    network = TempNet(V, **{"hidden_size": 8, "dropout": 0.0, **options})
+    # From one row to the next the temperature of a new network hardly differs.
+    nn.init.normal_(network.proj[0].weight, std=3)
+    nn.init.normal_(network.last.weight, std=10)
+    return network
+
+
+def batch(rows=2, length=9, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, V, (rows, length), generator=generator)
+    labels = ids.clone()
+    labels[0, :3] = -100
+    return {"input_ids": ids, "labels": labels}
+
+
+def plain(logits, labels, tempnet, normalizer=None):
+    """The formula of MATH.md, in PyTorch."""
+    z, y = logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    z, y = z[y != -100], y[y != -100]
+    tau = tempnet(z)
+    lse = torch.logsumexp(z / tau[:, None], 1)
+    loss = tau * (lse + RHO - math.log(V)) - z.gather(1, y[:, None])[:, 0]
+    return loss.sum() / (len(y) if normalizer is None else normalizer)
+
+
+def assert_close(got, expected):
+    assert (got - expected).abs().max() <= 1e-6 * max(1, expected.abs().max())
+
+
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("name", MODELS)
+def test_loss_and_gradients_are_the_formula_s(name, linear):
+    model = MODELS[name]().train()
+    inputs, tempnet = batch(), network()
+    expected_model, expected_tempnet = copy.deepcopy(model), copy.deepcopy(tempnet)
+    out = expected_model(input_ids=inputs["input_ids"])
+    expected = plain(out.logits, inputs["labels"], expected_tempnet)
+    if name == "mixtral":
+        expected = expected + expected_model.router_aux_loss_coef * out.aux_loss
+    expected.backward()
+
+    handle = apply_tempnet(model, rho=RHO, tempnet=tempnet, linear=linear)
+    out = model(**inputs)
+    assert (out.logits is None) == linear
+    assert_close(out.loss, expected)
+    out.loss.backward()
+    for got, p in zip(
+        [*model.parameters()],
+        [*expected_model.parameters(), *expected_tempnet.parameters()],
+        strict=True,
+    ):
+        assert_close(got.grad, p.grad)
+    assert handle.temperature_stats().max - handle.temperature_stats().min > 0.05
+
+    model.eval()
+    out = model(**inputs)
+    assert out.logits.shape == (2, 9, V)
+    assert_close(out.loss, expected)
+    assert_close(
+        model(**inputs, return_dict=False)[0], expected
+    )  # a tuple, as before transformers 4
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_number_of_items_and_shifted_labels(linear):
+    model = llama()
+    inputs, tempnet = batch(), network()
+    logits = model(input_ids=inputs["input_ids"]).logits
+    apply_tempnet(model, rho=RHO, tempnet=tempnet, linear=linear)
+    expected = plain(logits, inputs["labels"], tempnet, normalizer=31)
+    for items in (31, torch.tensor(31)):
+        assert_close(model(**inputs, num_items_in_batch=items).loss, expected)
+    shifted = torch.nn.functional.pad(inputs["labels"], (0, 1), value=-100)[:, 1:]
+    loss = model(**inputs, shift_labels=shifted, num_items_in_batch=31).loss
+    assert_close(loss, expected)
+    loss, logits = model(**inputs, num_items_in_batch=31, return_dict=False)[:2]
+    assert_close(loss, expected)
+    assert (logits is None) == linear
+    with pytest.raises(ValueError, match="pass labels too"):
+        model(input_ids=inputs["input_ids"], shift_labels=shifted)
+
+
+def test_remove_leaves_nothing_behind():
+    model, inputs = llama(), batch()
+    model.lm_head.weight.requires_grad_(False)
+    state = [k for k in model.__dict__ if k != "loss_type"], [*model.state_dict()]
+    required = [p.requires_grad for p in model.parameters()]
+    config = model.config.to_dict()
+    expected = model(**inputs)
+    handle = apply_tempnet(model, rho=RHO, freeze_model=True)
+    assert [n for n, p in model.named_parameters() if p.requires_grad] == [
+        f"tempnet.{n}" for n, _ in handle.tempnet.named_parameters()
+    ]
+    assert model(**inputs).loss != expected.loss
+    handle.remove()
+    assert ([k for k in model.__dict__ if k != "loss_type"], [*model.state_dict()]) == state
+    assert [p.requires_grad for p in model.parameters()] == required
+    assert model.config.to_dict() == config and "forward" not in model.lm_head.__dict__
+    assert torch.equal(model(**inputs).loss, expected.loss)
+    assert torch.equal(model(**inputs).logits, expected.logits)
+    with pytest.raises(RuntimeError, match="removed before"):
+        handle.remove()
+    apply_tempnet(model, rho=RHO)
+
+
+def test_a_copy_has_its_own_network():
+    model, inputs = llama(), batch()
+    apply_tempnet(model, rho=RHO, tempnet=network())
+    loss = model(**inputs).loss
+    other = copy.deepcopy(model)
+    assert torch.equal(other(**inputs).loss, loss)
+    nn.init.zeros_(other.tempnet.last.weight)
+    assert not torch.equal(other(**inputs).loss, loss)
+    assert torch.equal(model(**inputs).loss, loss)
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_a_frozen_model_s_tempnet_learns(linear):
+    model, inputs = llama(), batch()
+    before = {k: x.clone() for k, x in model.state_dict().items()}
+    apply_tempnet(model, rho=RHO, tempnet=network(), linear=linear, freeze_model=True)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.03)
+    losses = []
+    for _ in range(10):
+        losses.append(model(**inputs).loss)
+        losses[-1].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses[-1] < losses[0] - 1e-3
+    assert all(torch.equal(model.state_dict()[k], x) for k, x in before.items())
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+def test_save_pretrained_keeps_the_network(name, tmp_path):
+    model, inputs = MODELS[name]().train(), batch()
+    apply_tempnet(
+        model, rho=RHO, tempnet=network(tau_min=0.1, tau_max=1.5, center="max"), linear=True
+    )
+    loss = model(**inputs).loss
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).train()
+    assert not hasattr(loaded, "tempnet")
+    with pytest.raises(ValueError, match=r"pass tempnet=load_tempnet\(folder\)"):
+        apply_tempnet(loaded, rho=RHO)
+    apply_tempnet(loaded, rho=RHO, tempnet=load_tempnet(tmp_path).train())
+    assert loaded.tempnet.center == "max" and loaded.tempnet.tau_max == 1.5
+    assert_close(loaded(**inputs).loss, loss)
+
+
+def test_compiles_whole_and_with_gradient_checkpointing():
+    model, inputs = llama(), batch()
+    apply_tempnet(model, rho=RHO, tempnet=network())
+    loss = model(**inputs).loss
+    loss.backward()
+    expected = [p.grad.clone() for p in model.parameters()]
+    for call in (torch.compile(model, fullgraph=True), model):
+        if call is model:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        model.zero_grad()
+        got = call(**inputs).loss
+        got.backward()
+        assert_close(got, loss)
+        for p, grad in zip(model.parameters(), expected, strict=True):
+            assert (p.grad - grad).abs().max() <= 1e-5 * grad.abs().max()
+
+
+def test_what_other_packages_did_is_refused():
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        """As Liger-Kernel's."""
+
+    forward.__module__ = "liger_kernel.transformers.model.llama"
+    model = llama()
+    model.forward = forward.__get__(model)
+    with pytest.raises(ValueError, match=r"replaced by liger_kernel.*fused_linear_cross_entropy"):
+        apply_tempnet(model, rho=RHO)
+    model = llama()
+    model.loss_function = lambda **kwargs: None
+    with pytest.raises(ValueError, match="ForCausalLMLoss, got <lambda>"):
+        apply_tempnet(model, rho=RHO)
+    model = llama()
+    model.lm_head = nn.Sequential(model.lm_head)
+    model.lm_head.weight = model.lm_head[0].weight
+    with pytest.raises(ValueError, match=r"a Sequential .*pass linear=False"):
+        apply_tempnet(model, rho=RHO)
+    apply_tempnet(model, rho=RHO, linear=False)
+
+
+def test_models_and_networks_that_do_not_fit_are_refused():
+    bert = BertForMaskedLM(BertConfig(vocab_size=V, hidden_size=16, num_hidden_layers=1,
+                                      num_attention_heads=2, intermediate_size=8))  # fmt: skip
+    with pytest.raises(ValueError, match="got ForMaskedLMLoss"):
+        apply_tempnet(bert, rho=RHO, linear=False)
+    t5 = T5ForConditionalGeneration(T5Config(vocab_size=V, d_model=8, d_kv=4, d_ff=8, num_layers=1,
+                                             num_heads=2))  # fmt: skip
+    with pytest.raises(TypeError, match="must be a decoder"):
+        apply_tempnet(t5, rho=RHO)
+    for wrapped in (nn.Sequential(llama()), nn.Linear(2, 2)):
+        with pytest.raises(TypeError, match="apply it before them"):
+            apply_tempnet(wrapped, rho=RHO)
+    model = llama()
+    with pytest.raises(ValueError, match="for the 96 rows of the model's head, got one for 97"):
+        apply_tempnet(model, rho=RHO, tempnet=TempNet(97))
+    with pytest.raises(TypeError, match="load_tempnet"):
+        apply_tempnet(model, rho=RHO, tempnet="folder")
+    apply_tempnet(model, rho=RHO)
+    with pytest.raises(ValueError, match="call remove"):
+        apply_tempnet(model, rho=RHO)
+    with pytest.raises(ValueError, match="pass it to apply_tempnet"):
+        model(**batch(), ignore_index=0)
+
+
+def test_logits_that_change_after_the_head_are_refused():
+    model = CohereForCausalLM(CohereConfig(**SMALL, logit_scale=0.5)).train()
+    inputs, tempnet = batch(), network()
+    logits = model(input_ids=inputs["input_ids"]).logits
+    handle = apply_tempnet(model, rho=RHO, tempnet=tempnet)
+    with pytest.raises(RuntimeError, match=r"changes its logits.*linear=False"):
+        model(**inputs)
+    handle.remove()
+    apply_tempnet(model, rho=RHO, tempnet=tempnet, linear=False)
+    assert_close(model(**inputs).loss, plain(logits, inputs["labels"], tempnet))
+
+
+def test_a_forward_replaced_afterwards_is_noticed():
+    model, inputs = llama(), batch()
+    apply_tempnet(model, rho=RHO)
+    original = model.forward
+    model.forward = lambda input_ids, labels: original(input_ids=input_ids)
+    for mode in (True, False):
+        with pytest.raises(RuntimeError, match=r"did not call model\.loss_function"):
+            model.train(mode)(**inputs)
+
+
+# Generation.
+
+
+def scores_of(tempnet, rows=3):
+    z = 2 * torch.randn(rows, V)
+    z[:, 5] = -math.inf
+    tau = tempnet.eval()(z)
+    assert tau.max() - tau.min() > 0.05
+    return z, tau
+
+
+def test_processor_divides_by_the_temperature():
+    tempnet = network()
+    z, tau = scores_of(tempnet)
+    processor = TempNetLogitsProcessor(tempnet.train())
+    got = processor(torch.zeros(3, 4, dtype=torch.long), z)
+    assert tempnet.training
+    expected = torch.log_softmax(z / tau[:, None], 1)
+    assert (got[:, 5] == -math.inf).all() and got.dtype == torch.float32
+    finite = expected.isfinite()
+    assert_close(got[finite], expected[finite])
+    assert torch.equal(processor.temperatures, tau[None])
+    # float16 scores and a float16 network are calculated in float32.
+    half = TempNetLogitsProcessor(copy.deepcopy(tempnet).half())
+    z16 = z.half()
+    got = half(torch.zeros(3, 4, dtype=torch.long), z16)
+    tau = copy.deepcopy(tempnet).half().float().eval()(z16.float())
+    expected = torch.log_softmax(z16.float() / tau[:, None], 1)
+    assert got.dtype == torch.float32
+    assert_close(got[finite], expected[finite])
+
+
+def test_a_row_of_a_masked_vocabulary_stays_finite():
+    z = torch.full((2, V), -math.inf)
+    z[0, 3], z[1, 3:5] = 1.0, 2.0
+    got = TempNetLogitsProcessor(network(center="max"))(torch.zeros(2, 1, dtype=torch.long), z)
+    assert_close(got[0, 3], torch.tensor(0.0))
+    assert_close(got[1, 3:5], torch.tensor([0.5, 0.5]).log())
+    assert not got.isnan().any()
+
+
+@torch.no_grad()
+def test_samples_are_distributed_as_softmax_of_z_over_tau():
+    """Chi-square over 20,000 tokens that generate() drew."""
+    torch.manual_seed(5)
+    model = MODELS["llama"]().eval()
+    model.lm_head.weight.mul_(40)
+    tempnet = network(tau_min=0.2)
+    prompt = torch.tensor([[7, 8, 9]])
+    z = model(prompt).logits[0, -1]
+    tau = tempnet.eval()(z)
+    p = torch.softmax(z / tau, 0)
+    processor = TempNetLogitsProcessor(tempnet)
+    counts = torch.zeros(V)
+    for _ in range(4):
+        out = model.generate(
+            prompt.expand(5000, 3), do_sample=True, top_k=0, max_new_tokens=1,
+            logits_processor=[processor], pad_token_id=0,
+        )  # fmt: skip
+        counts += torch.bincount(out[:, -1], minlength=V)
+
+    def chi_square(p):
+        """Per degree of freedom; cells of fewer than 5 expected tokens are put together."""
+        expected = 20_000 * p
+        rare = expected < 5
+        observed = torch.cat([counts[~rare], counts[rare].sum()[None]])
+        expected = torch.cat([expected[~rare], expected[rare].sum()[None]])
+        cells = expected > 0
+        return ((observed - expected)[cells] ** 2 / expected[cells]).sum() / (cells.sum() - 1)
+
+    # Of 50 to 96 cells the statistic is above 1.5 once in a thousand times at most.
+    assert chi_square(p) < 1.5
+    assert chi_square(torch.softmax(z, 0)) > 3  # what it would be without the temperature
+    assert processor.temperatures.shape == (1, 5000)
+    assert_close(processor.temperatures[0, 0], tau)
+
+
+@torch.no_grad()
+def test_beams_take_the_temperatures_of_the_logits():
+    model = MODELS["llama"]().eval()
+    model.lm_head.weight.mul_(40)
+    prompt, options = torch.tensor([[7, 8, 9]]), {"num_beams": 3, "max_new_tokens": 4}
+    with pytest.raises(ValueError, match="pass center='max'"):
+        model.generate(prompt, logits_processor=[TempNetLogitsProcessor(network())], **options)
+    for processor in (
+        TempNetLogitsProcessor(network(), center="max"),
+        TempNetLogitsProcessor(network(center="max")),
+    ):
+        model.generate(prompt, logits_processor=[processor], **options)
+        assert processor.temperatures.shape == (4, 3)
+        z = model(prompt).logits[0, -1]
+        expected = network(center="max").eval()(z)
+        assert_close(processor.temperatures[0], expected.expand(3))
+    model.generate(prompt, logits_processor=[processor], do_sample=True, **options)
+    assert processor.temperatures.shape[0] <= 4  # of the last generation only
+
+
+@torch.no_grad()
+def test_greedy_generation_computes_no_temperature(monkeypatch):
+    model = MODELS["llama"]().eval()
+    prompt = torch.tensor([[7, 8, 9]])
+    expected = model.generate(prompt, max_new_tokens=5, do_sample=False)
+    processor = TempNetLogitsProcessor(network(), greedy=True)
+    monkeypatch.setattr(TempNet, "forward", None)
+    got = model.generate(prompt, max_new_tokens=5, do_sample=False, logits_processor=[processor])
+    assert torch.equal(got, expected)
+    with pytest.raises(RuntimeError, match="needs a generation"):
+        _ = processor.temperatures
+
+
+@torch.no_grad()
+def test_a_model_generates_as_before_in_training_mode():
+    """The head is itself wherever no labels are given."""
+    model = llama()
+    prompt = torch.tensor([[7, 8, 9]])
+    expected = model.generate(prompt, max_new_tokens=5, do_sample=False)
+    apply_tempnet(model, rho=RHO)
+    assert torch.equal(model.generate(prompt, max_new_tokens=5, do_sample=False), expected)
+
+
+def test_processor_refuses_what_is_no_network():
+    with pytest.raises(TypeError, match="must be a TempNet, got str"):
+        TempNetLogitsProcessor("folder")
+    with pytest.raises(ValueError, match="center must be None or 'max'"):
+        TempNetLogitsProcessor(network(), center="mean")
