@@ -233,13 +233,19 @@ class TempNetHandle:
             raise RuntimeError(
                 f"apply_tempnet: {type(model).__name__} was given labels and did not call "
                 "model.loss_function: its forward computes a loss of its own, or another package "
-                "has replaced it since (apply_tempnet comes last, before the optimizer)"
+                "has replaced it since (TRL's SFTTrainer: use integrations.trl.TempNetSFTMixin)"
             )
         if not skip:
             return None
         if isinstance(output, tuple):  # (loss, logits, ...)
             return output[0], None, *output[2:]
         return type(output)(**{k: x for k, x in output.items() if k != "logits"})
+
+
+def handle_of(model):
+    """The :class:`TempNetHandle` of a model; None without one."""
+    handle = getattr(getattr(model, "loss_function", None), "__self__", None)
+    return handle if isinstance(handle, TempNetHandle) else None
 
 
 class TempNetCallback(TrainerCallback):
