@@ -180,7 +180,7 @@ def test_a_shared_out_network_of_zero_3_is_refused(tmp_path):
 
 
 def test_distributed_checkpoints(tmp_path):
-    """torchtitan's, and Megatron's without a class of its own: their optimizer has the names too."""
+    """As torchtitan and Megatron write them: the optimizer's state has the names too."""
     net, step = make(), tmp_path / "iter_0000010"
     state = {f"optimizer.state.exp_avg.{k}": x for k, x in state_of(net, "tempnet.").items()}
     state |= state_of(net, "tempnet.") | {"step": 3}
@@ -231,9 +231,10 @@ def test_two_files_with_the_same_network_are_not_mixed(tmp_path):
 
 
 def test_no_network(tmp_path):
-    with pytest.raises(ValueError, match="got none in 1 tensors$"):
+    with pytest.raises(ValueError, match=r"got none in 1 tensors$"):
         load_tempnet({"model": {"weight": torch.zeros(2)}})
-    contrastive = {f"loss.image_temp_gen.{k}": x for k, x in ContrastiveTempNet(8).state_dict().items()}  # fmt: skip
+    state = ContrastiveTempNet(8).state_dict()
+    contrastive = {f"loss.image_temp_gen.{name}": x for name, x in state.items()}
     with pytest.raises(ValueError, match=r"ContrastiveTempNets under 'loss\.image_temp_gen\.'"):
         load_tempnet(contrastive)
     with pytest.raises(ValueError, match="got none"):

@@ -84,7 +84,7 @@ def load_tempnet(source, *, prefix=None, tau_min=None, tau_max=None, center=None
     tensors, settings = read_tempnet(source, prefix)
     given = {"tau_min": tau_min, "tau_max": tau_max, "center": center}
     settings |= {name: value for name, value in given.items() if value is not None}
-    missing = [name for name in ("tau_min", "tau_max") if settings.get(name) is None]
+    missing = [name for name in ("tau_min", "tau_max") if name not in settings]
     if missing:
         raise ValueError(
             f"load_tempnet: {_name(source)} does not say {' and '.join(missing)}: pass those of "
@@ -184,6 +184,9 @@ def contents(source):
     if not path.exists():
         raise FileNotFoundError(f"load_tempnet: {path} does not exist")
     read, settings = _file(path) if path.is_file() else _folder(path)
+    for name in ("tau_min", "tau_max"):  # null says nothing, but that there is no center
+        if settings.get(name, 0) is None:
+            del settings[name]
     return read, {name: settings[name] for name in SETTINGS if name in settings}
 
 
