@@ -167,7 +167,7 @@ def summarise(console, pieces, statistics, tempnet):
             table.add_column(column, no_wrap=True, overflow="ellipsis")
         for i in ends:
             before = "".join(pieces[max(0, i - 40) : i + 1])[-30:]
-            cells = (Text(repr(text)[1:-1]) for text in (before, pieces[i + 1]))
+            cells = (Text(repr(text)) for text in (before, pieces[i + 1]))  # spaces show
             table.add_row(f"{tau[i]:.4f}", str(i + 1), *cells)
         console.print(table)
 

@@ -42,12 +42,13 @@ def temperature_against_entropy(path, entropy, tau, label="tokens"):
 
 
 def histogram(path, tau, low, high):
-    """Write how many tokens have which temperature, and the bounds. Returns ``path``."""
+    """Write how many tokens have which temperature, between the bounds ``low`` and ``high``.
+    Returns ``path``."""
     figure, axis = plt.subplots(figsize=(6, 4))
     axis.hist(tau, bins=50)
-    for bound in (low, high):
-        axis.axvline(bound, color="grey", linestyle="--", linewidth=0.8)
-    axis.set(xlabel="predicted temperature (dashed: its bounds)", ylabel="tokens")
+    # Drawn, the bounds would leave a sliver of temperatures that are close together.
+    axis.set(xlabel=f"predicted temperature, of [{low}, {high}]", ylabel="tokens")
+    axis.ticklabel_format(axis="x", useOffset=False)
     return save(figure, path)
 
 
