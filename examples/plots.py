@@ -9,7 +9,8 @@ import matplotlib.pyplot as plt
 import torch
 from train_lm import RHO, Loss, Trainer, batch_of
 
-from tempnet_kernels import dro_cross_entropy, optimal_temperature
+from tempnet_kernels import _plots, dro_cross_entropy, optimal_temperature
+from tempnet_kernels._plots import save
 
 LABELS = {
     Loss.ce: "cross entropy",
@@ -63,14 +64,10 @@ def temperature_against_entropy(out, trainer):
             _, stats = dro_cross_entropy(logits, target, return_stats=True)
             tau.append(trainer.tempnet(logits).flatten())
             entropy.append(stats.entropy.flatten())
-    figure, axis = plt.subplots(figsize=(6, 4))
-    points = axis.hexbin(
-        torch.cat(entropy).cpu(), torch.cat(tau).cpu(), gridsize=50, bins="log", mincnt=1
+    path = out / "temperature_against_entropy.png"
+    return _plots.temperature_against_entropy(
+        path, torch.cat(entropy).cpu(), torch.cat(tau).cpu(), "held-out tokens"
     )
-    figure.colorbar(points, label="held-out tokens")
-    axis.set(xlabel="entropy of the prediction (nats)", ylabel="predicted temperature")
-    axis.ticklabel_format(useOffset=False)
-    return save(figure, out / "temperature_against_entropy.png")
 
 
 @torch.no_grad()
@@ -111,7 +108,7 @@ def ranks(x):
     return (counts.cumsum(0) - (counts - 1) / 2)[inverse]
 
 
-def coloured_text(out, trainer, width=80):
+def coloured_text(out, trainer):
     """The held-out window of the most varied temperatures; a token's background is the one that
     predicted it."""
     windows = []
@@ -120,30 +117,5 @@ def coloured_text(out, trainer, width=80):
             ids, target = batch_of(trainer.held_out_ids, trainer.config, 10**9 + i)
             windows += zip(trainer.tempnet(trainer.model(ids)).cpu(), target, strict=True)
     tau, target = max(windows, key=lambda window: window[0].std())
-    low, high = tau.min().item(), tau.max().item()
-    colours = plt.get_cmap("coolwarm")
-    cells, row, column = [], 0, 0
-    for token, value in zip(target.tolist(), tau.tolist(), strict=True):
-        for character in trainer.tokenizer.decode([token]).replace("\t", "    "):
-            if character == "\n" or column >= width:
-                row, column = row + 1, 0
-            if character != "\n":
-                cells.append((row, column, character, (value - low) / max(high - low, 1e-9)))
-                column += 1
-    figure, axis = plt.subplots(figsize=(12, 0.24 * (row + 1) + 1))
-    for r, c, character, shade in cells:
-        axis.add_patch(plt.Rectangle((c, -r - 0.5), 1, 1, color=colours(shade), alpha=0.6, lw=0))
-        axis.text(c + 0.5, -r, character, family="monospace", fontsize=9, ha="center", va="center")
-    axis.set(xlim=(0, width), ylim=(-row - 0.6, 0.6))
-    axis.axis("off")
-    scale = plt.cm.ScalarMappable(plt.Normalize(low, high), colours)
-    bar = figure.colorbar(scale, ax=axis, orientation="horizontal", shrink=0.4, pad=0.05)
-    bar.set_label("predicted temperature")
-    bar.formatter.set_useOffset(False)
-    return save(figure, out / "coloured_text.png")
-
-
-def save(figure, path):
-    figure.savefig(path, dpi=130, bbox_inches="tight")
-    plt.close(figure)
-    return path
+    pieces = [trainer.tokenizer.decode([token]) for token in target.tolist()]
+    return _plots.coloured_text(out / "coloured_text.png", pieces, tau)

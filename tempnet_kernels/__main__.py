@@ -1,6 +1,10 @@
-"""python -m tempnet_kernels env"""
+"""python -m tempnet_kernels env | inspect | plot-tau"""
 
+import contextlib
+import json
 import platform
+from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import typer
@@ -23,7 +27,18 @@ OPS = {
     "optimal_temperature": ("optimal_temperature", OPTIMAL_TEMPERATURE_AUTO),
 }
 
-app = typer.Typer(help="Kernels for losses with a learned temperature.", no_args_is_help=True)
+app = typer.Typer(
+    help="Kernels for losses with a learned temperature.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+)
+
+Prefix = Annotated[str | None, typer.Option(help="Of the network, where there are several.")]
+TauMin = Annotated[float | None, typer.Option(help="Where the checkpoint does not say it.")]
+TauMax = Annotated[float | None, typer.Option(help="Where the checkpoint does not say it.")]
+Center = Annotated[
+    Literal["max"] | None, typer.Option(help="Subtract each row's largest logit first.")
+]
 
 
 @app.callback()
@@ -72,6 +87,72 @@ def env():
         console.print(_launch_plans())
     for where, reason in missing.items():
         console.print(f"{where}: {reason}", highlight=False, markup=False)
+
+
+@app.command()
+def inspect(
+    checkpoint: Annotated[Path, typer.Argument(help="A file or a folder.")],
+    prefix: Prefix = None,
+    tau_min: TauMin = None,
+    tau_max: TauMax = None,
+    center: Center = None,
+    as_json: Annotated[bool, typer.Option("--json", help="For machines.")] = False,
+):
+    """The TempNets of a checkpoint: sizes, types, settings, weights, temperatures, warnings."""
+    from tempnet_kernels import _cli_inspect
+
+    with _errors():
+        facts = _cli_inspect.report(
+            checkpoint, prefix, tau_min=tau_min, tau_max=tau_max, center=center
+        )
+    if as_json:
+        print(json.dumps(facts, indent=1, allow_nan=False))
+    else:
+        _cli_inspect.draw(Console(), facts)
+
+
+@app.command()
+def plot_tau(
+    model: Annotated[str, typer.Argument(help="A Hugging Face folder or name.")],
+    text_file: Annotated[Path, typer.Argument(help="UTF-8.")],
+    out: Annotated[str, typer.Option(help="Beginning of the names of what is written.")],
+    tempnet: Annotated[
+        Path | None, typer.Option(help="Checkpoint of the network, if MODEL does not hold it.")
+    ] = None,
+    prefix: Prefix = None,
+    tau_min: TauMin = None,
+    tau_max: TauMax = None,
+    center: Center = None,
+    tokens: Annotated[
+        int | None, typer.Option(help="Only the first so many; default all of them.")
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Windows at a time.")] = 4,
+    window: Annotated[
+        int | None, typer.Option(help="Tokens; default what the model takes, at most 2048.")
+    ] = None,
+):
+    """The temperatures of a text's tokens: OUT.csv, OUT.text.png, OUT.entropy.png,
+    OUT.histogram.png, and a summary."""
+    from tempnet_kernels import _cli_plot_tau
+
+    console = Console()
+    with _errors():
+        written = _cli_plot_tau.run(
+            console, model, text_file, out, tokens=tokens, batch=batch, window=window,
+            tempnet=tempnet, prefix=prefix, tau_min=tau_min, tau_max=tau_max, center=center,
+        )  # fmt: skip
+    for path in written:
+        console.print(path, soft_wrap=True, highlight=False, markup=False)
+
+
+@contextlib.contextmanager
+def _errors():
+    """What a user can mend is said in a line, without a traceback."""
+    try:
+        yield
+    except (ValueError, OSError, ImportError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(1) from error
 
 
 def _launch_plans():

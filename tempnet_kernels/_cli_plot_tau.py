@@ -1,0 +1,206 @@
+"""python -m tempnet_kernels plot-tau: the temperatures of a text's tokens."""
+
+import csv
+import math
+from pathlib import Path
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from tempnet_kernels import dro_cross_entropy
+from tempnet_kernels.nn import TemperatureStats, load_tempnet
+
+COLUMNS = (
+    "position", "token_id", "token", "tau", "entropy", "kl", "log_prob",
+    "entropy_tempered", "kl_tempered", "log_prob_tempered",
+)  # fmt: skip
+WINDOW = 2048  # longest, in tokens, where the model takes more
+PICTURE = 400  # tokens of the coloured text
+
+
+def load(model, tempnet=None, **settings):
+    """(model, tokenizer, TempNet) of a Hugging Face folder or name; ``tempnet``: another checkpoint
+    of the network."""
+    try:
+        import matplotlib
+        import tqdm  # noqa: F401
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            f"plot-tau: {error.name} is missing: pip install transformers matplotlib tqdm"
+        ) from error
+    matplotlib.use("Agg")
+    network = load_tempnet(tempnet or _folder(model), **settings)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
+    lm = transformers.AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return lm.to(device).eval(), tokenizer, network.to(device)
+
+
+def _folder(model):
+    if Path(model).exists():
+        return model
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(model, allow_patterns=["*.safetensors", "config.json"])
+    except Exception as error:
+        raise ValueError(
+            f"plot-tau: MODEL must be a folder or a name on the Hugging Face hub, got {model!r}, "
+            f"which is no folder: {error}"
+        ) from error
+
+
+def pieces_of(tokenizer, text, count=None):
+    """(ids, pieces): the first ``count`` tokens, and the text that each of them is."""
+    if not tokenizer.is_fast:
+        ids = tokenizer(text)["input_ids"][:count]
+        return ids, [tokenizer.decode([i]) for i in ids]
+    encoded = tokenizer(text, return_offsets_mapping=True)
+    ids, end, pieces = encoded["input_ids"][:count], 0, []
+    for i, (_, stop) in zip(ids, encoded["offset_mapping"], strict=False):
+        # From the end of the last one: some tokenizers leave the space out. A character of several
+        # tokens is the first one's.
+        pieces.append(text[end:stop] if stop else tokenizer.decode([i]))
+        end = max(end, stop)
+    return ids, pieces
+
+
+@torch.no_grad()
+def score(lm, tempnet, ids, batch, window=None):
+    """Statistics of the tokens after the first, name -> ``[n - 1]`` on the CPU, float64.
+
+    The text is read in windows that overlap by half, so that every token has at least half a window
+    before it, or all of the text.
+    """
+    from tqdm import tqdm
+
+    n = len(ids)
+    longest = getattr(lm.config, "max_position_embeddings", None) or WINDOW
+    window = min(longest, WINDOW) if window is None else window
+    if not 2 <= window <= longest:
+        raise ValueError(f"plot-tau: window must be in [2, {longest}] tokens, got {window}")
+    window = min(window, n)
+    starts = [*range(0, n - window, window - window // 2), n - window]
+    v = tempnet.vocab_size
+    tokens = torch.tensor(ids, device=lm.device)
+    columns, done = [], 1
+    for i in tqdm(range(0, len(starts), batch), desc="windows", disable=len(starts) < 2):
+        part = starts[i : i + batch]
+        inputs = torch.stack([tokens[start : start + window] for start in part])
+        logits = lm(input_ids=inputs, use_cache=False).logits  # (windows, window, V)
+        if logits.shape[-1] != v:
+            raise ValueError(
+                f"plot-tau: the TempNet takes V = {v} logits, the model gives "
+                f"{logits.shape[-1]}: pass the network that was trained on this model"
+            )
+        # By window: the network makes float32 copies of its logits.
+        for start, z in zip(part, logits, strict=True):
+            target = tokens[done : start + window]
+            z = z[done - 1 - start : window - 1]
+            columns.append(_statistics(z, target, tempnet))
+            done = start + window
+    return {name: torch.cat([c[name] for c in columns]).double().cpu() for name in columns[0]}
+
+
+def _statistics(z, target, tempnet):
+    tau = tempnet(z)
+    _, plain = dro_cross_entropy(z, target, return_stats=True)
+    _, tempered = dro_cross_entropy(z, target, tau, return_stats=True)
+    return {"tau": tau} | {
+        name + suffix: getattr(stats, name)
+        for suffix, stats in (("", plain), ("_tempered", tempered))
+        for name in ("entropy", "kl", "log_prob")
+    }
+
+
+def write_table(path, ids, pieces, statistics):
+    """A row for each token after the first, with what its prediction was."""
+    values = zip(*(statistics[name].tolist() for name in COLUMNS[3:]), strict=True)
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(COLUMNS)
+        for i, row in enumerate(values, 1):
+            writer.writerow((i, ids[i], pieces[i], *(f"{x:.8g}" for x in row)))
+    return path
+
+
+def draw(prefix, pieces, statistics, tempnet):
+    """The pictures, their paths."""
+    from tempnet_kernels import _plots
+
+    tau, entropy = statistics["tau"], statistics["entropy"]
+    begin = _most_varied(tau)
+    shown = slice(begin, begin + PICTURE)
+    title = f"tokens {begin + 1} to {begin + len(tau[shown])} of {len(tau)}"
+    return [
+        _plots.coloured_text(prefix + ".text.png", pieces[1:][shown], tau[shown], title=title),
+        _plots.temperature_against_entropy(prefix + ".entropy.png", entropy, tau),
+        _plots.histogram(prefix + ".histogram.png", tau, tempnet.tau_min, tempnet.tau_max),
+    ]
+
+
+def _most_varied(tau):
+    """Where the picture's stretch of tokens begins, by the spread of its temperatures."""
+    begins = range(0, max(len(tau) - PICTURE, 0) + 1, PICTURE // 4)
+    return max(begins, key=lambda i: tau[i : i + PICTURE].std(correction=0))
+
+
+def summarise(console, pieces, statistics, tempnet):
+    """Print the numbers, and the tokens at either end with the text before them."""
+    tau = statistics["tau"]
+    stats = TemperatureStats.of(tau, tempnet.tau_min, tempnet.tau_max)
+    table = Table(show_header=False, box=None)
+    table.add_row("tokens", str(len(tau)))
+    table.add_row("temperature", f"mean {stats.mean:.4f}, {stats.min:.4f} to {stats.max:.4f}")
+    table.add_row("at tau_min, tau_max", f"{stats.at_min:.1%}, {stats.at_max:.1%} of the tokens")
+    for name, column in (("z", "log_prob"), ("z / tau", "log_prob_tempered")):
+        mean = statistics[column].mean().item()
+        perplexity = math.exp(-mean) if mean > -700 else math.inf
+        table.add_row(f"perplexity at {name}", f"{perplexity:.4g}")
+    console.print(table)
+    order = tau.argsort(stable=True).tolist()
+    for title, ends in (("hottest", order[::-1][:10]), ("coldest", order[:10])):
+        table = Table(title=f"{title} tokens", title_justify="left")
+        for column in ("tau", "position", "after", "token"):
+            table.add_column(column, no_wrap=True, overflow="ellipsis")
+        for i in ends:
+            before = "".join(pieces[max(0, i - 40) : i + 1])[-30:]
+            cells = (Text(repr(text)) for text in (before, pieces[i + 1]))  # spaces show
+            table.add_row(f"{tau[i]:.4f}", str(i + 1), *cells)
+        console.print(table)
+
+
+def run(
+    console, model, text_file, out, *, tokens=None, batch=4, window=None, tempnet=None, **settings
+):
+    """All of the command; returns what was written."""
+    for name, value, least in (("tokens", tokens, 2), ("batch", batch, 1)):
+        if value is not None and value < least:
+            raise ValueError(f"plot-tau: {name} must be >= {least}, got {value}")
+    try:
+        text = Path(text_file).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"plot-tau: {text_file} must be UTF-8: {error}") from error
+    out = Path(out)
+    if not out.parent.is_dir():
+        raise FileNotFoundError(f"plot-tau: the folder of --out, {out.parent}, does not exist")
+    lm, tokenizer, network = load(model, tempnet, **settings)
+    ids, pieces = pieces_of(tokenizer, text, tokens)
+    if len(ids) < 2:
+        raise ValueError(
+            f"plot-tau: {text_file} must have at least two tokens, for the first is not predicted, "
+            f"got {len(ids)}"
+        )
+    statistics = score(lm, network, ids, batch, window)
+    broken = ~statistics["tau"].isfinite() | statistics["log_prob"].isnan()
+    if broken.any():
+        raise ValueError(
+            f"plot-tau: {int(broken.sum())} of {len(broken)} tokens have a NaN, the first at "
+            f"position {int(broken.nonzero()[0]) + 1}: the model's logits or the TempNet's weights "
+            "are not finite (python -m tempnet_kernels inspect tells which)"
+        )
+    summarise(console, pieces, statistics, network)
+    table = write_table(Path(f"{out}.csv"), ids, pieces, statistics)
+    return [str(table), *draw(str(out), pieces, statistics, network)]
