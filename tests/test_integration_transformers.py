@@ -329,9 +329,11 @@ def test_processor_divides_by_the_temperature():
 
 
 def test_a_row_of_a_masked_vocabulary_stays_finite():
-    z = torch.full((2, V), -math.inf)
+    z = torch.full((3, V), -math.inf)
     z[0, 3], z[1, 3:5] = 1.0, 2.0
-    got = TempNetLogitsProcessor(network(center="max"))(torch.zeros(2, 1, dtype=torch.long), z)
+    processor = TempNetLogitsProcessor(network(center="max"))
+    got = processor(torch.zeros(3, 1, dtype=torch.long), z)
+    assert processor.temperatures.isfinite().all() and torch.equal(got[2], z[2])
     assert_close(got[0, 3], torch.tensor(0.0))
     assert_close(got[1, 3:5], torch.tensor([0.5, 0.5]).log())
     assert not got.isnan().any()

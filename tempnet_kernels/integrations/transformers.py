@@ -2,6 +2,7 @@
 
 import copy
 import inspect
+import math
 
 import torch
 from torch import nn
@@ -364,12 +365,12 @@ class TempNetLogitsProcessor(LogitsProcessor):
                     "the same for both"
                 )
         self._length = input_ids.shape[1]
+        largest = z.amax(-1, keepdim=True)  # (rows, 1)
+        dead = largest == -math.inf  # nothing is left to sample, which generate() will say
+        shift = torch.where(dead, 0, largest) if self.center == "max" else 0
         training = self.tempnet.training
         self.tempnet.eval()
-        if self.center == "max" and self.tempnet.center is None:
-            tau = self.tempnet(z - z.amax(-1, keepdim=True))  # (rows,)
-        else:
-            tau = self.tempnet(z)
+        tau = self.tempnet(torch.where(dead, 0, z - shift))  # (rows,)
         self.tempnet.train(training)
         self._steps.append(tau)
-        return tempered_log_softmax(z, tau)
+        return torch.where(dead, scores, tempered_log_softmax(z, tau))

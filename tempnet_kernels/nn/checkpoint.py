@@ -18,6 +18,7 @@ PUBLISHED = (
     "0.5 and 5.0 for GPT-2, 0.01 and 2.0 for LLaMA-1 and LLaMA-2, 0.01 and 1.2 for the released "
     "LLaMA-2 Chat"
 )
+SETTINGS = ("tau_min", "tau_max", "center", "dropout")  # what a state dict does not say
 # A network is where all of these are under one prefix.
 LANGUAGE = ("proj.0.weight", "last.weight")
 CONTRASTIVE = ("proj.weight", "prototypes", "linear_1.weight", "scaler")
@@ -97,8 +98,8 @@ def load_tempnet(source, *, prefix=None, tau_min=None, tau_max=None, center=None
 
 def settings_of(tempnet):
     """What the state dict does not say, for JSON."""
-    settings = {name: getattr(tempnet, name) for name in ("tau_min", "tau_max", "center")}
-    return {**settings, "dropout": tempnet.proj[2].p}
+    dropout = tempnet.proj[2].p
+    return {name: dropout if name == "dropout" else getattr(tempnet, name) for name in SETTINGS}
 
 
 def read_tempnet(source, prefix=None):
