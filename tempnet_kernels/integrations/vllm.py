@@ -54,7 +54,7 @@ class TempNetLogitsProcessor(LogitsProcessor):
         self._wanted[req_idx] = wanted
         if wanted:
             # Not before: vLLM constructs this where its sleep mode takes every allocation for one
-            # of the model's, and would throw the network's weights away.
+            # of the model's weights, and may discard it.
             self._served.tempnet.to(self._device)
         return wanted
 

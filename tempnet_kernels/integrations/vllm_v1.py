@@ -67,8 +67,7 @@ class TempNetLogitsProcessorV1(LogitsProcessor):
         self._any = bool(batch.any())
         self._where = None if batch.all() else _serving.to_device(batch, self._device)
         if self._any:
-            # Not before: vLLM constructs this where its sleep mode may take every allocation for
-            # one of its own, and would throw the network's weights away.
+            # As for V2: what is allocated before may belong to vLLM's sleep mode.
             self._served.tempnet.to(self._device)
 
     def apply(self, logits):
