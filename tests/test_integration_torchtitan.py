@@ -1,4 +1,4 @@
-"""A torchtitan model with a TempNet: its own configs, chunked loss, optimizers, FSDP, checkpoint."""
+"""A torchtitan model with a TempNet: its configs, chunked loss, optimizers, FSDP, checkpoint."""
 
 import math
 
@@ -7,9 +7,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Shard
-from torchtitan.components.loss import IGNORE_INDEX, ChunkedLossWrapper
 from torchtitan.components.lora import LoRAConverter
+from torchtitan.components.loss import IGNORE_INDEX, ChunkedLossWrapper
 from torchtitan.components.optimizer import OptimizersContainer, ParamGroupConfig
 from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
 from torchtitan.distributed import ParallelDims
@@ -190,6 +191,9 @@ def sharded_gradients(group, backend):
         model, parallel_dims=dims, parallelism=parallelism, ac_config=None, dump_folder="",
         training=TrainingConfig(mixed_precision_param="float32"), compile_config=CompileConfig(),
     )  # fmt: skip
+    for part in model.modules():
+        if isinstance(part, FSDPModule):
+            part.set_force_sum_reduction_for_comms(True)  # gloo has no other
     initialized(model)
     whole = dict(initialized(on_meta()).named_parameters())
     for name, p in model.named_parameters():

@@ -13,7 +13,7 @@ from torch import nn
 from tempnet_kernels.integrations.lightning import TempNetCallback, tempnet_param_groups
 from tempnet_kernels.nn import TempNet, TempNetCausalLMLoss
 
-V, D, T, BATCH, STEPS, CONTEXT = 128, 64, 64, 16, 100, 8
+V, D, T, BATCH, STEPS, CONTEXT = 128, 64, 48, 8, 60, 8
 
 
 class LM(LightningModule):
@@ -37,10 +37,8 @@ class LM(LightningModule):
     def on_train_batch_end(self, outputs, batch, batch_idx):
         if batch_idx % 20 == 19:
             tau = self.loss.temperature_stats()
-            print(
-                f"step {batch_idx + 1}: loss {outputs['loss']:.3f}, "
-                f"tau {tau.min:.3f} to {tau.max:.3f}, mean {tau.mean:.3f}"
-            )
+            loss = outputs["loss"]
+            print(f"step {batch_idx + 1}: loss {loss:.3f}, tau {tau.min:.3f} to {tau.max:.3f}")
 
 
 if __name__ == "__main__":
