@@ -172,18 +172,15 @@ def test_optimizer_and_checkpoint_hold_the_network(tmp_path):
         torch.testing.assert_close(value, states[key], rtol=0, atol=0)
 
 
-def sharded_gradients(group, backend):
+def sharded_gradients(group):
     """Of this rank's half of the batch, through torchtitan's own FSDP."""
     import torchtitan.distributed.parallel_dims as module
     from torchtitan.models.llama3 import parallelize_llama
 
     module.device_type = "cpu"  # where there is no accelerator torchtitan says cuda
-    set_spmd_backend(backend)
-    parallelism = ParallelismConfig(spmd_backend=backend)
+    set_spmd_backend("partial_dtensor")
+    parallelism = ParallelismConfig(spmd_backend="partial_dtensor")
     config = make_config()
-    from torchtitan.models.llama3.sharding import set_llama3_sharding_config
-
-    set_llama3_sharding_config(config, enable_sp=True)
     with torch.device("meta"):
         model = config.build()
     dims = ParallelDims.from_config(parallelism, group.size())
@@ -221,13 +218,12 @@ def two(tmp_path_factory):
     pool.stop()
 
 
-@pytest.mark.parametrize("backend", ["partial_dtensor", "spmd_types"])
-def test_fsdp_shards_the_network_and_adds_its_gradients(two, backend):
+def test_fsdp_shards_the_network_and_adds_its_gradients(two):
     model, (tokens, labels) = initialized(on_meta()), batch()
     expected, _ = by_hand(model, tokens, labels)
     expected.backward()
     grads = gradients(model)
-    (first, got), (second, other) = two.run(2, sharded_gradients, backend)
+    (first, got), (second, other) = two.run(2, sharded_gradients)
     torch.testing.assert_close(first + second, expected.detach(), rtol=0, atol=1e-6)
     for name, grad in grads.items():
         torch.testing.assert_close(got[name], grad, rtol=1e-4, atol=1e-6)
