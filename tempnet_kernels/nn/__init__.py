@@ -8,6 +8,7 @@ from tempnet_kernels.nn.dro_cross_entropy import (
     TempNetCausalLMLoss,
     TempNetCrossEntropyLoss,
 )
+from tempnet_kernels.nn.param_groups import tempnet_param_groups
 from tempnet_kernels.nn.tempnet import TemperatureStats, TempNet
 
 __all__ = [
@@ -21,4 +22,5 @@ __all__ = [
     "TemperatureStats",
     "load_tempnet",
     "save_tempnet",
+    "tempnet_param_groups",
 ]
