@@ -13,7 +13,7 @@ from torch import nn
 from tempnet_kernels.integrations.lightning import TempNetCallback, tempnet_param_groups
 from tempnet_kernels.nn import TempNet, TempNetCausalLMLoss
 
-V, D, T, BATCH, STEPS, CONTEXT = 128, 64, 48, 8, 60, 8
+V, D, T, BATCH, STEPS, CONTEXT = 128, 64, 48, 8, 40, 8
 
 
 class LM(LightningModule):

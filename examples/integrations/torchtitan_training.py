@@ -12,7 +12,7 @@ from torchtitan.models.llama3 import model_registry
 
 from tempnet_kernels.integrations.torchtitan import TempNetConverter, TempNetLoss
 
-T, BATCH, STEPS = 32, 8, 30
+T, BATCH, STEPS = 32, 8, 20
 GROUPS = {r"^lm_head\.tempnet\.": 1e-3, ".*": 3e-3}  # pattern -> learning rate
 
 
