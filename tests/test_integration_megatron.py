@@ -385,8 +385,24 @@ def test_options_that_megatron_cannot_use_are_refused(alone):
     for option in ("reduction", "return_stats", "overwrite_logits"):
         with pytest.raises(ValueError, match=f"{option} is not an option"):
             TempNetVocabParallelCrossEntropy(TempNet(V), RHO, group, **{option: True})
+    with pytest.raises(TypeError, match="apply_tempnet: tempnet must be a TempNet, got Linear"):
+        apply_tempnet(gpt(), rho=RHO, tempnet=torch.nn.Linear(V, 1))
     with pytest.raises(TypeError, match="must be a TempNet, got Linear"):
         TempNetVocabParallelCrossEntropy(torch.nn.Linear(V, 1), RHO, group)
+
+
+def tempnets_of_different_seeds(group):
+    with Parallel(2):
+        model = gpt(2)
+        torch.manual_seed(dist.get_rank())
+        return apply_tempnet(model, rho=RHO, tempnet=TempNet(V)).loss.whole_tempnet().state_dict()
+
+
+def test_tempnets_that_differ_by_rank_become_one(gloo):
+    states = gloo.run(4, tempnets_of_different_seeds)
+    for state in states[1:]:
+        for name, x in state.items():
+            assert torch.equal(x, states[0][name]), name
 
 
 def wrong_groups(group):

@@ -1,6 +1,7 @@
 """Megatron-core's language models with learned temperatures."""
 
 import torch
+import torch.distributed as dist
 from megatron.core.models.common.language_module.language_module import LanguageModule
 from megatron.core.tensor_parallel import set_tensor_model_parallel_attributes
 from megatron.core.transformer.utils import (
@@ -164,8 +165,9 @@ def apply_tempnet(model, *, rho, tempnet=None, **options):
     Args:
         model: a ``GPTModel`` or another ``LanguageModule`` with the last pipeline stage.
         rho: KL radius in nats; ``log V`` counts the padded vocabulary, ``model.vocab_size``.
-        tempnet: a :class:`TempNet` for ``model.vocab_size`` columns, equal on every rank; default
-            ``TempNet(model.vocab_size)``, the same on every rank whatever the generators' state.
+        tempnet: a :class:`TempNet` for ``model.vocab_size`` columns, of which the first
+            data-parallel rank's counts; default ``TempNet(model.vocab_size)``, the same whatever
+            the generators' state.
         options: those of :class:`TempNetVocabParallelCrossEntropy`.
 
     Returns:
@@ -181,6 +183,10 @@ def apply_tempnet(model, *, rho, tempnet=None, **options):
             tempnet = TempNet(model.vocab_size)
     tempnet.to(next(model.parameters()).device)
     loss = TempNetVocabParallelCrossEntropy(tempnet, rho, model.pg_collection.tp, **options)
+    data_parallel = getattr(model.pg_collection, "dp_cp", None)
+    if data_parallel is not None and data_parallel.size() > 1:
+        for p in tempnet.parameters():
+            dist.broadcast(p.detach(), group=data_parallel, group_src=0)
     loss.train(model.training)
     model.add_module(ATTRIBUTE, loss)
     model.compute_language_model_loss = loss.language_model_loss
@@ -227,6 +233,8 @@ def _check(model, tempnet):
             f"{name}: parallel_output must be True with {model.pg_collection.tp.size()} "
             "tensor-parallel ranks: the loss takes each rank's columns"
         )
+    if tempnet is not None and not isinstance(tempnet, TempNet):
+        raise TypeError(f"{name}: tempnet must be a TempNet, got {type(tempnet).__name__}")
     if tempnet is not None and tempnet.vocab_size != model.vocab_size:
         raise ValueError(
             f"{name}: tempnet must be for {model.vocab_size} columns (the vocabulary with "
