@@ -28,13 +28,6 @@ def seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def float32_products():
-    """A framework's training loop that allows TF32 leaves it so, on the CPU too."""
-    yield
-    torch.set_float32_matmul_precision("highest")
-
-
 @pytest.fixture
 def device():
     """The GPU where there is one."""
