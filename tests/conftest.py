@@ -29,6 +29,16 @@ def seed():
 
 
 @pytest.fixture
+def one_thread():
+    """For trainings of small models, which are many times slower where each of two test processes
+    has a thread for every core."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
 def device():
     """The GPU where there is one."""
     return DEVICE

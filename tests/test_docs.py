@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = Path(__file__).parents[1]
 PAGES = sorted((ROOT / "docs/integrations").glob("*.md"))
 SCRIPTS = sorted((ROOT / "examples/integrations").glob("*.py"))

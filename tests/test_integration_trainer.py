@@ -13,6 +13,8 @@ from trl import SFTConfig, SFTTrainer
 from tempnet_kernels.integrations.transformers import TempNetCallback, apply_tempnet
 from tempnet_kernels.integrations.trl import TempNetSFTMixin
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 # Samples of several lengths, so that micro-batches have different numbers of labels.
 SAMPLES = [
     {"input_ids": ids, "labels": labels}

@@ -29,6 +29,8 @@ from transformers import (
 from tempnet_kernels.integrations.transformers import TempNetLogitsProcessor, apply_tempnet
 from tempnet_kernels.nn import TempNet, load_tempnet
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 V, RHO = 96, 2.0
 SMALL = {
     "vocab_size": V, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
