@@ -160,8 +160,8 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
             dict, which holds the networks only, loads with ``strict=False``.
         estimator: "log" keeps the logarithm of the moving average. "official" is the official
             code's estimate in plain PyTorch, to compare with: it scales a first visit after epoch 0
-            by gamma, does not recover from an underflow, takes every other pair for a negative,
-            and returns a number with the right gradient, not the loss. Its forward needs ``epoch``.
+            by gamma, does not recover from an underflow, and takes every other pair for a negative.
+            Its forward needs ``epoch``.
         process_group: the processes that share a batch: "world", all of them where
             ``torch.distributed`` is initialised when the loss is called; None, this one alone; or a
             ``ProcessGroup``, with which the loss cannot be pickled.

@@ -27,9 +27,8 @@ def official_contrastive(
 ):
     """Contrastive loss of the official code, features ``[B, D]`` and temperatures ``[B]``.
 
-    Its gradients are those of :func:`tempnet_kernels.dro_contrastive` as long as every sample was
-    visited in epoch 0 and no ``s`` underflows; its value is not the loss, but a number with that
-    gradient. Updates ``state``, a dict of ``s_I``, ``b_I``, ``s_T`` and ``b_T`` (zeros at first),
+    Value and gradients are those of :func:`tempnet_kernels.dro_contrastive` as long as every sample
+    was visited in epoch 0 and no ``s`` underflows. Updates ``state``, a dict of ``s_I``, ``b_I``, ``s_T`` and ``b_T`` (zeros at first),
     at the samples ``ids``. With ``return_k`` also k, the gradient of each side's temperatures times
     B, detached.
 
