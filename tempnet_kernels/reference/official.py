@@ -28,9 +28,9 @@ def official_contrastive(
     """Contrastive loss of the official code, features ``[B, D]`` and temperatures ``[B]``.
 
     Value and gradients are those of :func:`tempnet_kernels.dro_contrastive` as long as every sample
-    was visited in epoch 0 and no ``s`` underflows. Updates ``state``, a dict of ``s_I``, ``b_I``, ``s_T`` and ``b_T`` (zeros at first),
-    at the samples ``ids``. With ``return_k`` also k, the gradient of each side's temperatures times
-    B, detached.
+    was visited in epoch 0 and no ``s`` underflows. Updates ``state``, a dict of ``s_I``, ``b_I``,
+    ``s_T`` and ``b_T`` (zeros at first), at the samples ``ids``. With ``return_k`` also k, the
+    gradient of each side's temperatures times B, detached.
 
     Source: ``Bimodal_CL/models/losses.py``, class ``iSogCLR_TempNet_Loss``.
     """
