@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from test_integration_transformers import RHO, V, assert_close, batch, llama, network, plain
+from test_integration_transformers import MODELS, RHO, V, assert_close, batch, llama, network, plain
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments
@@ -182,6 +182,9 @@ def test_sft_trainer_refuses_other_losses(tmp_path, tokenizer):
 
     outcome(RuntimeError, r"call apply_tempnet\(model", llama())
     outcome(ValueError, "loss_type='dft'", model_and_handle()[0], loss_type="dft")
+    mixture = MODELS["mixtral"]()
+    apply_tempnet(mixture, rho=RHO)
+    outcome(ValueError, "loss of the router", mixture, router_aux_loss_coef=0.5)
 
 
 @pytest.fixture

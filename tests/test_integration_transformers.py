@@ -298,6 +298,102 @@ def test_a_forward_replaced_afterwards_is_noticed():
             model.train(mode)(**inputs)
 
 
+def test_a_compiled_model_is_not_compiled_again_in_every_step():
+    model, inputs = llama(), batch()
+    apply_tempnet(model, rho=RHO, tempnet=network())
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(model, backend=backend, fullgraph=True)
+    for _ in range(12):  # beyond the limit of recompilations
+        compiled(**inputs).loss.backward()
+    assert len(graphs) == 1
+
+
+class Scaled(Gemma2ForCausalLM):
+    """Scales its logits before it caps them."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        self.lm_head.register_forward_hook(lambda head, args, output: 3 * output)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_scale_before_the_softcap_is_seen(compiled):
+    config = Gemma2Config(**SMALL, head_dim=8, final_logit_softcapping=5.0)
+    model = Scaled(config).train()
+    apply_tempnet(model, rho=RHO, tempnet=network())
+    if compiled:
+        assert torch.compile(model, backend="aot_eager")(**batch()).loss.isnan()
+    else:
+        with pytest.raises(RuntimeError, match=r"changes its logits.*linear=False"):
+            model(**batch())
+
+
+def test_a_softcap_of_the_config_that_is_not_applied_is_seen():
+    model = llama()
+    model.config.final_logit_softcapping = 0.05
+    apply_tempnet(model, rho=RHO, tempnet=network())
+    with pytest.raises(RuntimeError, match="a softcap that its config has"):
+        model(**batch())
+
+
+def test_an_error_in_the_forward_leaves_the_head_as_it_was():
+    model, inputs = llama(), batch()
+    handle = apply_tempnet(model, rho=RHO, tempnet=network())
+    expected = model(**inputs).loss
+    with pytest.raises(IndexError):
+        model(input_ids=inputs["input_ids"], labels=inputs["labels"] + V)
+    hidden = torch.randn(1, 2, 16)
+    assert model.lm_head(hidden).shape == (1, 2, V) and handle._hidden is None
+    copy.deepcopy(model)
+    assert torch.equal(model(**inputs).loss, expected)
+
+
+def test_a_tuple_has_none_in_the_place_of_the_logits():
+    model = MODELS["mixtral"]().train()
+    apply_tempnet(model, rho=RHO, tempnet=network())
+    _, aux_loss, logits = model(**batch(), return_dict=False)[:3]
+    assert aux_loss.dim() == 0 and logits is None
+
+
+def test_a_head_or_a_network_that_was_replaced_is_noticed():
+    model = llama()
+    apply_tempnet(model, rho=RHO, tempnet=network())
+    model.resize_token_embeddings(100)
+    with pytest.raises(RuntimeError, match="head was replaced"):
+        model(**batch())
+    model = llama()
+    handle = apply_tempnet(model, rho=RHO, tempnet=network())
+    model.tempnet = copy.deepcopy(model.tempnet)  # as PEFT's modules_to_save
+    with pytest.raises(RuntimeError, match="call get_peft_model first"):
+        model(**batch())
+    model.tempnet = handle.tempnet
+    ours = model.lm_head.forward
+    model.lm_head.forward = lambda x: ours(x)
+    with pytest.raises(RuntimeError, match="undo that first"):
+        handle.remove()
+    model.lm_head.forward = ours
+    model.model.embed_tokens.weight.requires_grad_(False)
+    handle.remove()
+    assert not model.model.embed_tokens.weight.requires_grad  # frozen by someone else
+
+
+def test_an_offloaded_head_and_replicas_are_refused():
+    model = llama()
+    model.lm_head.to("meta")
+    with pytest.raises(ValueError, match="without offloading its head"):
+        apply_tempnet(model, rho=RHO)
+    model = llama()
+    apply_tempnet(model, rho=RHO)
+    model._is_replica = True  # as torch.nn.DataParallel marks them
+    with pytest.raises(RuntimeError, match="use DistributedDataParallel"):
+        model(**batch())
+
+
 # Generation.
 
 

@@ -51,7 +51,8 @@ def apply_tempnet(model, *, rho, tempnet=None, linear=True, freeze_model=False, 
         if getattr(model.config, NAME, None):
             raise ValueError(
                 "apply_tempnet: the model's checkpoint has a TempNet (config.tempnet), which "
-                "from_pretrained leaves out: pass tempnet=load_tempnet(folder)"
+                "from_pretrained leaves out: pass tempnet=load_tempnet(folder), or "
+                "`del model.config.tempnet` to begin with a new one"
             )
         tempnet = TempNet(v)
     if not isinstance(tempnet, TempNet):
@@ -64,7 +65,8 @@ def apply_tempnet(model, *, rho, tempnet=None, linear=True, freeze_model=False, 
             f"apply_tempnet: tempnet must be for the {v} rows of the model's head, got one for "
             f"{tempnet.vocab_size}"
         )
-    return TempNetHandle(model, tempnet.to(head.weight.device), rho, linear, freeze_model, options)
+    tempnet = tempnet.to(head.weight.device).train(model.training)
+    return TempNetHandle(model, tempnet, rho, linear, freeze_model, options)
 
 
 def _check_model(model, linear):
@@ -72,8 +74,8 @@ def _check_model(model, linear):
     kind = type(model).__name__
     if hasattr(model, "get_base_model"):
         raise TypeError(
-            f"apply_tempnet: model must not be a {kind}: apply it to the model first, then "
-            "get_peft_model, with modules_to_save=['tempnet']"
+            f"apply_tempnet: model must not be a {kind}: apply it to model.get_base_model(), and "
+            "save the TempNet, which is no adapter, with save_tempnet"
         )
     if not hasattr(model, "get_output_embeddings") or not hasattr(model, "loss_function"):
         raise TypeError(
@@ -85,6 +87,11 @@ def _check_model(model, linear):
     head = model.get_output_embeddings()
     if head is None or getattr(model.config, "is_encoder_decoder", False):
         raise TypeError(f"apply_tempnet: model must be a decoder with a head, got {kind}")
+    if head.weight.is_meta:
+        raise ValueError(
+            "apply_tempnet: the head's weight is not there (on the meta device: offloaded): load "
+            "the model without offloading its head"
+        )
     forward = inspect.unwrap(model.forward)
     if forward.__module__ not in {cls.__module__ for cls in type(model).__mro__}:
         raise ValueError(
@@ -114,20 +121,21 @@ class TempNetHandle:
         self.model, self.linear = model, linear
         softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)
         self.criterion = TempNetCausalLMLoss(tempnet, rho, softcap=softcap, **options)
-        self.calls = 0  # of the loss, for those who want to know whether it is used
+        self.used = False  # the loss was called; whoever wants to know sets it back
         self._labels_at = list(inspect.signature(model.forward).parameters).index("labels")
         self._asked = self._skip = self._softcap_seen = False
         self._hidden = None  # what the head returned in place of logits
-        self._trainable = [p for p in model.parameters() if p.requires_grad]
-        if freeze_model:
-            model.requires_grad_(False)
+        self._logits = None  # what came of it
+        self._frozen = [p for p in model.parameters() if p.requires_grad and freeze_model]
+        for p in self._frozen:
+            p.requires_grad_(False)
         setattr(model, NAME, tempnet)
         setattr(model.config, NAME, settings_of(tempnet))
         # Bound methods, which follow a deep copy of the model to the copy of this.
         model.loss_function = self.loss
         self._hooks = [
             model.register_forward_pre_hook(self._before, with_kwargs=True),
-            model.register_forward_hook(self._after),
+            model.register_forward_hook(self._after, always_call=True),
         ]
         self._head = model.get_output_embeddings()
         if linear:
@@ -149,6 +157,11 @@ class TempNetHandle:
         model = self.model
         if getattr(model, NAME, None) is None:
             raise RuntimeError("TempNetHandle.remove: it was removed before")
+        if self.linear and self._head.__dict__.get("forward") != self.head:
+            raise RuntimeError(
+                "TempNetHandle.remove: another package has replaced the head's forward since "
+                "(accelerate's hooks?): undo that first"
+            )
         for hook in self._hooks:
             hook.remove()
         if self.linear:
@@ -157,8 +170,9 @@ class TempNetHandle:
                 self._head.forward = self._head_forward
         del model._loss_function
         delattr(model, NAME)
-        delattr(model.config, NAME)
-        for p in self._trainable:
+        if hasattr(model.config, NAME):  # unless models share a config
+            delattr(model.config, NAME)
+        for p in self._frozen:
             p.requires_grad_(True)
 
     def loss(
@@ -173,38 +187,49 @@ class TempNetHandle:
                 f"apply_tempnet: ignore_index must be {own}, got {ignore_index}: pass it to "
                 "apply_tempnet"
             )
-        self.calls += 1
+        self.used = True
         self._asked = False
         options = {"shift_labels": shift_labels, "num_items_in_batch": num_items_in_batch}
         if not self._skip:
             return self.criterion(logits, labels, **options)
-        hidden = self._hidden
-        if logits is not hidden and not self._is_capped(logits, hidden):
-            raise RuntimeError(
-                f"apply_tempnet: {type(self.model).__name__} changes its logits after the head (a "
-                "scale, a slice), which the loss cannot see from the hidden states: pass "
-                "linear=False"
-            )
+        hidden, self._logits = self._hidden, logits
+        as_expected = self._only_capped(logits, hidden)
 
         def of_head(head):
             x = hidden.to(head.weight.device)
             return self.criterion(x, labels, weight=head.weight, bias=head.bias, **options)
 
-        # Within the head's forward, for the duration of which FSDP and accelerate have its weight.
-        return self._head(hidden, inside=of_head)
+        # Within the head's forward, for the duration of which FSDP has its weight.
+        loss = self._head(hidden, inside=of_head)
+        return loss if as_expected is None else torch.where(as_expected, loss, math.nan)
 
-    def _is_capped(self, logits, hidden):
-        """Whether the model did nothing but its softcap to what the head returned. The first call
-        tells, since the comparison waits for a GPU, and a graph of torch.compile has no place for
-        it."""
+    def _only_capped(self, logits, hidden):
+        """Whether the model did nothing but its softcap to what the head returned: None where that
+        is known, else a 0-d tensor. The first call in eager mode raises if it did."""
         cap = self.criterion.softcap
-        if cap is None:
-            return False
-        if not self._softcap_seen and not torch.compiler.is_compiling():
+        if cap is None and logits is hidden:
+            return None
+        compiling = torch.compiler.is_compiling()
+        if cap is not None and hidden is not None and logits.shape == hidden.shape:
+            if self._softcap_seen and not compiling:
+                return None
             expected = torch.tanh(hidden.detach() / cap) * cap
-            self._softcap_seen = torch.equal(logits.detach(), expected)
-            return self._softcap_seen
-        return True
+            same = ((logits.detach() - expected).abs() <= 0.01 * cap).all()
+            if compiling:  # which has no place for an error
+                return same.to(hidden.device)
+            self._softcap_seen = bool(same) and logits is not hidden
+            if self._softcap_seen:
+                return None
+        if self.model.get_output_embeddings() is not self._head:
+            raise RuntimeError(
+                "apply_tempnet: the model's head was replaced (resize_token_embeddings?): call "
+                "remove(), and apply_tempnet to the model as it is now"
+            )
+        raise RuntimeError(
+            f"apply_tempnet: {type(self.model).__name__} changes its logits after the head (a "
+            "scale, a cast, a slice; or a softcap that its config has and it does not apply), "
+            "which the loss cannot see from the hidden states: pass linear=False"
+        )
 
     def head(self, hidden, inside=None):
         """In place of the head's forward."""
@@ -216,6 +241,17 @@ class TempNetHandle:
         return hidden
 
     def _before(self, model, args, kwargs):
+        if getattr(model, "_is_replica", False):
+            raise RuntimeError(
+                "apply_tempnet: torch.nn.DataParallel runs replicas of one model in threads: use "
+                "DistributedDataParallel (torchrun, accelerate launch) or one GPU"
+            )
+        if model.tempnet is not self.criterion.tempnet:
+            raise RuntimeError(
+                f"apply_tempnet: model.tempnet was replaced by a {type(model.tempnet).__name__} "
+                "(PEFT's modules_to_save?), which would not be trained: call get_peft_model first "
+                "and apply_tempnet to its get_base_model()"
+            )
         i = self._labels_at
         labels = kwargs.get("labels", args[i] if len(args) > i else None)
         if labels is None and kwargs.get("shift_labels") is not None:
@@ -227,9 +263,11 @@ class TempNetHandle:
         self._skip = self.linear and self._asked and model.training
 
     def _after(self, model, args, output):
-        asked, skip = self._asked, self._skip
+        asked, skip, logits = self._asked, self._skip, self._logits
         self._asked = self._skip = False
-        self._hidden = None
+        self._hidden = self._logits = None
+        if output is None:  # the forward has raised
+            return None
         if asked:
             raise RuntimeError(
                 f"apply_tempnet: {type(model).__name__} was given labels and did not call "
@@ -238,8 +276,8 @@ class TempNetHandle:
             )
         if not skip:
             return None
-        if isinstance(output, tuple):  # (loss, logits, ...)
-            return output[0], None, *output[2:]
+        if isinstance(output, tuple):
+            return tuple(None if x is logits else x for x in output)
         return type(output)(**{k: x for k, x in output.items() if k != "logits"})
 
 
@@ -260,7 +298,6 @@ class TempNetCallback(TrainerCallback):
 
     def __init__(self, handle):
         self.handle = handle
-        self._calls = 0
 
     def attach(self, trainer):
         """Returns self."""
@@ -269,17 +306,22 @@ class TempNetCallback(TrainerCallback):
 
     def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
         """Raises ValueError where the Trainer's settings would leave the TempNet out."""
-        self._calls = self.handle.calls
+        self.handle.used = False
         if args.label_smoothing_factor:
             raise ValueError(
                 "TempNetCallback: with label_smoothing_factor the Trainer computes its own loss "
                 "from the logits: leave it 0 and pass label_smoothing to apply_tempnet"
             )
+        wanted = [p for p in self.handle.tempnet.parameters() if p.requires_grad]
+        if not wanted:
+            raise ValueError(
+                "TempNetCallback: no parameter of the TempNet requires a gradient (get_peft_model "
+                "freezes all it finds: call it before apply_tempnet)"
+            )
         # DeepSpeed and FSDP flatten or replace the parameters of the optimizer.
         if optimizer is None or args.deepspeed or args.fsdp:
             return
         held = {id(p) for group in optimizer.param_groups for p in group["params"]}
-        wanted = [p for p in self.handle.tempnet.parameters() if p.requires_grad]
         if not held.issuperset(map(id, wanted)):
             raise ValueError(
                 "TempNetCallback: the optimizer does not have the TempNet's parameters: make it "
@@ -288,13 +330,13 @@ class TempNetCallback(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         """Raises RuntimeError where no loss of the step was the TempNet's."""
-        if self.handle.calls == self._calls:
+        if not self.handle.used:
             raise RuntimeError(
                 "TempNetCallback: the Trainer computed the loss of this step without the TempNet "
                 "(compute_loss_func, or a compute_loss of its own): leave those out; for TRL see "
                 "tempnet_kernels.integrations.trl"
             )
-        self._calls = self.handle.calls
+        self.handle.used = False
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is None or "loss" not in logs:

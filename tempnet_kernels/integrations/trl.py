@@ -42,6 +42,13 @@ class TempNetSFTMixin:
                 "label_smoothing_factor (pass label_smoothing to apply_tempnet) and loss_type, got "
                 f"loss_type={self.args.loss_type!r}"
             )
+        coefficient = self.args.router_aux_loss_coef
+        if coefficient not in (None, getattr(handle.model, "router_aux_loss_coef", None)):
+            raise ValueError(
+                "TempNetSFTMixin: the loss of the router is the model's own: set "
+                "router_aux_loss_coef in the model's config before the model is made, got "
+                f"{coefficient} in SFTConfig"
+            )
         mode = "train" if self.model.training else "eval"
         inputs["use_cache"] = False  # of no use here, and gradient checkpointing warns of it
         metrics = self._metrics[mode]
