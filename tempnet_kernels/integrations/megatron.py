@@ -9,8 +9,9 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
 )
 
-from tempnet_kernels._ranks import SharesGroup, all_gather
+from tempnet_kernels._ranks import SharesGroup
 from tempnet_kernels.nn import TempNet, TempNetCrossEntropyLoss
+from tempnet_kernels.nn.checkpoint import undivided
 
 NAME = "TempNetVocabParallelCrossEntropy"
 ATTRIBUTE = "tempnet_loss"  # of the model: the submodule that apply_tempnet adds
@@ -117,10 +118,7 @@ class TempNetVocabParallelCrossEntropy(SharesGroup, TempNetCrossEntropyLoss):
         :func:`tempnet_kernels.nn.save_tempnet` and generation. Every rank of the group must call
         it."""
         own = self.tempnet
-        tensors = {name: x.float().cpu() for name, x in own.state_dict().items()}
-        if self.tp_group.size() > 1:
-            parts = all_gather(own.proj[0].weight, self.tp_group)  # (tp, hidden_size, V / tp)
-            tensors["proj.0.weight"] = torch.cat(parts.float().cpu().unbind(), 1)
+        tensors = {name: x.float().cpu() for name, x in undivided(own).items()}
         whole = TempNet(
             own.vocab_size, own.tau_min, own.tau_max, hidden_size=own.proj[0].out_features,
             center=own.center, dropout=own.proj[2].p,

@@ -409,10 +409,12 @@ class TempNetLogitsProcessor(LogitsProcessor):
         self._length = input_ids.shape[1]
         largest = z.amax(-1, keepdim=True)  # (rows, 1)
         dead = largest == -math.inf  # nothing is left to sample, which generate() will say
-        shift = torch.where(dead, 0, largest) if self.center == "max" else 0
+        x = torch.where(dead, 0, z)
+        if self.center != self.tempnet.center:  # a network of raw logits, centred here
+            x = x - largest.masked_fill(dead, 0)
         training = self.tempnet.training
         self.tempnet.eval()
-        tau = self.tempnet(torch.where(dead, 0, z - shift))  # (rows,)
+        tau = self.tempnet(x)  # (rows,)
         self.tempnet.train(training)
         self._steps.append(tau)
         return torch.where(dead, scores, tempered_log_softmax(z, tau))

@@ -44,17 +44,23 @@ def save_tempnet(tempnet, path):
     """
     from safetensors.torch import save_file
 
-    state, writes = tempnet.state_dict(), True
-    if tempnet.process_group is not None:
-        parts = all_gather(state["proj.0.weight"].detach(), tempnet.process_group)
-        state["proj.0.weight"] = torch.cat(parts.unbind(), 1)
-        writes = tempnet.process_group.rank() == 0
+    state = undivided(tempnet)
+    writes = tempnet.process_group is None or tempnet.process_group.rank() == 0
     if any(hasattr(x, "full_tensor") for x in state.values()):
         state = {k: x.full_tensor() if hasattr(x, "full_tensor") else x for k, x in state.items()}
         writes = dist.get_rank() == 0
     tensors = {f"tempnet.{k}": x.detach().contiguous() for k, x in state.items()}
     if writes:
         save_file(tensors, path, {"format": "pt", "tempnet": json.dumps(settings_of(tempnet))})
+
+
+def undivided(tempnet):
+    """The state dict with all columns; of a network that was sharded every rank makes the call."""
+    state = tempnet.state_dict()
+    if tempnet.process_group is not None:
+        parts = all_gather(state["proj.0.weight"].detach(), tempnet.process_group)
+        state["proj.0.weight"] = torch.cat(parts.unbind(), 1)
+    return state
 
 
 def load_tempnet(source, *, prefix=None, tau_min=None, tau_max=None, center=None):
