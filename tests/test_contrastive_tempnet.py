@@ -34,6 +34,14 @@ def test_tempnet_equals_its_formula():
     assert all(parameter.grad.norm() > 0 for parameter in net.parameters())
 
 
+def test_autocast_does_not_round_the_temperatures():
+    net = ContrastiveTempNet(D).eval()
+    image, _ = features(B, D)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = net(image)
+    assert inside.dtype == torch.float32 and torch.equal(inside, net(image))
+
+
 def test_tempnet_loads_the_official_layout():
     net = ContrastiveTempNet(D)
     shapes = {name: tuple(value.shape) for name, value in net.named_parameters()}

@@ -78,7 +78,7 @@ class ContrastiveTempNet(nn.Module):
 
     def forward(self, features, ids=None, *, new_mask=True):
         """features ``[B, D]`` of a float dtype -> temperatures ``[B]`` in float32 (float64 for a
-        float64 network).
+        float64 network). Under autocast, too, it computes in the dtype of its parameters.
 
         ids: ``[B]`` integers. In training mode a sample's dropout mask then depends on its id, the
         seed and the number of the call, not on the device, the process or the place in the batch:
@@ -86,8 +86,13 @@ class ContrastiveTempNet(nn.Module):
         new_mask: False repeats the masks of the last call, and does not count.
         """
         self._check(features)
+        # What autocast would round is divided by exp(scaler), 0.01 at first.
+        with torch.autocast(features.device.type, enabled=False):
+            return self._temperatures(features.detach(), ids, new_mask)
+
+    def _temperatures(self, features, ids, new_mask):
         dtype = self.proj.weight.dtype
-        x = torch.sigmoid(self.proj(features.detach().to(dtype)))  # (B, D)
+        x = torch.sigmoid(self.proj(features.to(dtype)))  # (B, D)
         if self.training and self.dropout:
             x = F.dropout(x, self.dropout) if ids is None else self._drop(x, ids, new_mask)
         q = (x @ F.normalize(self.prototypes, dim=1).T).to(
