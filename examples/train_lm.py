@@ -281,8 +281,8 @@ class Trainer(Loop):
     def measure(self):
         row = {}
         if hasattr(self.loss, "temperature_stats"):
-            stats = self.loss.temperature_stats()
-            row |= {f"tau_{k}": v.item() for k, v in stats._asdict().items()}
+            stats = self.loss.temperature_stats().floats()
+            row |= {f"tau_{k}": v for k, v in stats.items()}
         if self.step % self.config.eval_every == 0 or self.step == self.steps:
             row["held_out"], row["held_out_tempered"] = self.held_out()
         return row

@@ -237,7 +237,7 @@ class Trainer(Loop):
         row = {}
         stats = self.model.loss.temperature_stats()
         for side, values in stats._asdict().items():
-            row |= {f"tau_{side}_{k}": v.item() for k, v in values._asdict().items()}
+            row |= {f"tau_{side}_{k}": v for k, v in values.floats().items()}
         if self.step % self.batches == 0:
             row |= self.recall()
         return row

@@ -171,6 +171,7 @@ def test_temperature_statistics():
     tau = loss_fn.tempnet(logits)[target != -100]
     stats = loss_fn.temperature_stats()
     assert stats.min == tau.min() and stats.max == tau.max() and not stats.mean.requires_grad
+    assert stats.floats() == {name: value.item() for name, value in stats._asdict().items()}
     torch.testing.assert_close(stats.mean, tau.mean().detach())
     torch.nn.init.constant_(loss_fn.tempnet.last.bias, 1e4)
     loss_fn(logits, target)

@@ -11,7 +11,7 @@ from megatron.core.transformer.utils import (
 
 from tempnet_kernels._ranks import SharesGroup
 from tempnet_kernels.nn import TempNet, TempNetCrossEntropyLoss
-from tempnet_kernels.nn.checkpoint import undivided
+from tempnet_kernels.nn.checkpoint import settings_of, undivided
 
 NAME = "TempNetVocabParallelCrossEntropy"
 ATTRIBUTE = "tempnet_loss"  # of the model: the submodule that apply_tempnet adds
@@ -119,10 +119,8 @@ class TempNetVocabParallelCrossEntropy(SharesGroup, TempNetCrossEntropyLoss):
         it."""
         own = self.tempnet
         tensors = {name: x.float().cpu() for name, x in undivided(own).items()}
-        whole = TempNet(
-            own.vocab_size, own.tau_min, own.tau_max, hidden_size=own.proj[0].out_features,
-            center=own.center, dropout=own.proj[2].p,
-        )  # fmt: skip
+        hidden_size = own.proj[0].out_features
+        whole = TempNet(own.vocab_size, hidden_size=hidden_size, **settings_of(own))
         whole.load_state_dict(tensors)
         return whole.eval()
 

@@ -205,9 +205,8 @@ class TempNetMetrics(MetricsProcessor):
         for part in self.model_parts:
             head = getattr(part, "lm_head", None)
             if isinstance(head, TempNetLinear):
-                stats = head.temperature_stats()._asdict()
-                values = torch.stack(list(stats.values())).tolist()  # one wait for the device
-                extra_metrics |= {f"temperature/{k}": v for k, v in zip(stats, values, strict=True)}
+                stats = head.temperature_stats().floats()
+                extra_metrics |= {f"temperature/{k}": v for k, v in stats.items()}
         super().log(step, global_avg_loss, global_max_loss, grad_norm, extra_metrics)
 
 
@@ -235,9 +234,11 @@ def add_tempnet(
             f"{type(head).__qualname__}: keep lm_head out of other converters "
             "(freeze_model=True freezes the model)"
         )
-    settings = (tau_min, tau_max, hidden_size, center, dropout)
     fields = {f.name: getattr(head, f.name) for f in dataclasses.fields(head)}
-    model.lm_head = TempNetLinear.Config(**fields, **dict(zip(SETTINGS, settings, strict=True)))
+    model.lm_head = TempNetLinear.Config(
+        **fields, tau_min=tau_min, tau_max=tau_max, hidden_size=hidden_size, center=center,
+        dropout=dropout,
+    )  # fmt: skip
     if freeze_model:
         model = LoRAConverter.Config(target_modules=[]).build().convert(model)
     adapter = model_spec.state_dict_adapter

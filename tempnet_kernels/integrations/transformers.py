@@ -341,7 +341,7 @@ class TempNetCallback(TrainerCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if logs is None or "loss" not in logs:
             return
-        stats = {f"tau/{k}": float(x) for k, x in self.handle.temperature_stats()._asdict().items()}
+        stats = {f"tau/{k}": x for k, x in self.handle.temperature_stats().floats().items()}
         logs.update(stats)
         if state.log_history:
             state.log_history[-1].update(stats)

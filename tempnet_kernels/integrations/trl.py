@@ -53,13 +53,13 @@ class TempNetSFTMixin:
         inputs["use_cache"] = False  # of no use here, and gradient checkpointing warns of it
         metrics = self._metrics[mode]
         result = Trainer.compute_loss(self, model, inputs, return_outputs, num_items_in_batch)
-        for name, value in handle.temperature_stats()._asdict().items():
-            metrics[f"tau/{name}"].append(value.item())
+        for name, value in handle.temperature_stats().floats().items():
+            metrics[f"tau/{name}"].append(value)
         if mode == "train":
             tokens = (
                 inputs["attention_mask"].sum()
                 if "attention_mask" in inputs
-                else (inputs["input_ids"].new_tensor(inputs["input_ids"].numel()))
+                else inputs["input_ids"].new_tensor(inputs["input_ids"].numel())
             )
             self._total_train_tokens += self.accelerator.gather_for_metrics(tokens).sum().item()
         metrics["num_tokens"] = [self._total_train_tokens]

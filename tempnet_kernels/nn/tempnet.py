@@ -42,6 +42,10 @@ class TemperatureStats(NamedTuple):
             at_max=(live & (tau >= high - margin)).sum() / n,
         )
 
+    def floats(self):
+        """{name: number}, for which a GPU is waited for once."""
+        return dict(zip(self._fields, torch.stack(self).tolist(), strict=True))
+
 
 class TempNet(SharesGroup, nn.Module):
     r"""Predicts a temperature for every row of logits.
