@@ -49,13 +49,16 @@ def batches(steps, first=0):
         yield x, x + 0.5 * torch.randn(48, 20, generator=generator), ids
 
 
-def train(group, method, sizes, steps, first=0, checkpoint=None, sharded=False):
-    """(losses, state dict) after some steps of SGD, or more of them after a checkpoint."""
+def train(group, method, sizes, steps, first=0, checkpoint=None, sharded=None):
+    """(losses, state dict) after some steps of SGD, or more of them after a checkpoint. sharded:
+    the parts of the model that FSDP takes by themselves, before all of it."""
     model = Model(method, group)
     if checkpoint is not None:
         model.load_state_dict(checkpoint)
-    if sharded:
-        fully_shard(model, mesh=DeviceMesh.from_group(group, "cpu"))
+    if sharded is not None:
+        mesh = DeviceMesh.from_group(group, "cpu")
+        for part in (*map(model.get_submodule, sharded), model):
+            fully_shard(part, mesh=mesh)
     elif group.size() > 1:
         model = DistributedDataParallel(model, process_group=group)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -97,10 +100,14 @@ def test_ddp_trains_as_one_process_with_the_state_in_step(gloo, method, sizes):
     assert_same_training(gloo.run(len(sizes), train, method, sizes, 4), expected)
 
 
-@pytest.mark.parametrize("method", ["clip", "tempnet"])
-def test_fsdp_trains_as_one_process(gloo, method):
+@pytest.mark.parametrize(
+    "method, sharded",
+    [("clip", ()), ("tempnet", ()), ("tempnet", ("loss.image_temp_gen", "loss.text_temp_gen"))],
+    ids=["clip", "tempnet", "tempnet-networks"],
+)
+def test_fsdp_trains_as_one_process(gloo, method, sharded):
     (expected,) = gloo.run(1, train, method, EVEN[1], 4)
-    results = gloo.run(2, train, method, UNEVEN[2], 4, 0, None, True)
+    results = gloo.run(2, train, method, UNEVEN[2], 4, 0, None, sharded)
     assert_same_training(results, expected)
 
 
@@ -175,6 +182,26 @@ def test_a_state_loaded_on_one_rank_only_raises(gloo):
     for error, loss in gloo.run(2, loaded_on_one_rank):
         assert error.startswith("ValueError: RobustContrastiveLoss: the state (a state dict is to")
         assert loss.isfinite()
+
+
+def drifted(group, method):
+    """The loss of equal parameters, and the error once they are not."""
+    loss_fn = Model(method, group).loss
+    image, text = contrastive.features(3, D)
+    ids = torch.arange(3) + 3 * group.rank()
+    before = loss_fn(image, text, ids).detach()
+    with torch.no_grad():
+        next(loss_fn.parameters())[0] += group.rank()
+    return before, error_of(group, lambda _: loss_fn(image, text, ids))
+
+
+@pytest.mark.parametrize("method", ["clip", "tempnet"])
+def test_parameters_that_drifted_apart_raise(gloo, method):
+    for before, error in gloo.run(2, drifted, method):
+        assert before.isfinite()
+        assert error.startswith(
+            "ValueError: RobustContrastiveLoss: the sum of the parameters (wrap"
+        )
 
 
 def official(group):

@@ -113,20 +113,3 @@ class TempNetClipLoss(RobustContrastiveLoss):
             logit_scale=logit_scale if clip else None,
         )  # fmt: skip
         return {"contrastive_loss": loss} if output_dict else loss
-
-    def _alike(self):
-        alike = super()._alike()
-        if self.method == "tempnet":
-            name = "the TempNets (wrap the loss in DistributedDataParallel)"
-            alike[name] = self._sum_of_parameters
-        return alike
-
-    @torch.no_grad()
-    def _sum_of_parameters(self):
-        # FSDP keeps the ranks' parameters in step itself.
-        from torch.distributed.tensor import DTensor
-
-        if any(isinstance(p, DTensor) for p in self.parameters()):
-            return 0.0
-        total = sum(p.double().sum() for p in self.parameters())
-        return float(total.nan_to_num())  # NaN differs from itself

@@ -12,6 +12,7 @@ from tempnet_kernels._ranks import SharesGroup, all_sum, gather, meet
 from tempnet_kernels._register import BACKENDS
 from tempnet_kernels.dro_contrastive import check_features, dro_contrastive
 from tempnet_kernels.dro_cross_entropy import accumulation_dtype
+from tempnet_kernels.nn.per_sample_state import PerSampleState
 from tempnet_kernels.nn.tempnet import TemperatureStats, reshape_scalar
 from tempnet_kernels.reference.official import official_contrastive
 
@@ -27,80 +28,6 @@ ISOGCLR_TAU = (0.005, 0.05)
 
 # open_clip's bounds of clip's temperature.
 CLIP_TAU = (0.01, 1.0)
-
-
-class PerSampleState(nn.Module):
-    """Float32 tensors ``[num_samples]``: in the state dict, moved with the module, but no buffers,
-    which DDP would broadcast and ``half()`` round.
-
-    Args:
-        num_samples: their length.
-        initial: name -> the value of a sample that was never visited.
-    """
-
-    def __init__(self, num_samples, initial):
-        super().__init__()
-        self.initial = initial
-        self.in_step = False  # known to be the same on all ranks
-        for name, x in initial.items():
-            setattr(self, name, torch.full((num_samples,), x, dtype=torch.float32))
-
-    def read(self, name, ids):
-        # Not by indexing, which takes a negative id for one from the end.
-        return getattr(self, name).index_select(0, ids)
-
-    @torch.no_grad()
-    def write(self, ids, **new):
-        """The new values at ``ids``; of equal ids the last one counts, on every device."""
-        ordered, order = torch.sort(ids, stable=True)
-        last = order[torch.searchsorted(ordered, ids, right=True) - 1]
-        for name, value in new.items():
-            getattr(self, name)[ids] = value[last].to(torch.float32)
-
-    def fingerprint(self):
-        """A number that differs where states do; exact, so in whatever order it is summed. 0 once
-        they were the same: from then on every rank writes the same."""
-        if self.in_step:
-            return 0
-        bits = (getattr(self, name).view(torch.int32) for name in self.initial)
-        return sum(int(x.sum(dtype=torch.int64)) for x in bits) % (1 << 31)
-
-    def _apply(self, fn, recurse=True):
-        super()._apply(fn, recurse)
-        for name, initial in self.initial.items():
-            value = getattr(self, name)
-            device = fn(value.new_empty(0)).device
-            if value.is_meta and device.type != "meta":
-                setattr(self, name, torch.full_like(value, initial, device=device))
-            elif value.device != device:
-                setattr(self, name, value.to(device))
-        return self
-
-    def _save_to_state_dict(self, destination, prefix, keep_vars):
-        destination.update((prefix + name, getattr(self, name)) for name in self.initial)
-
-    def _load_from_state_dict(
-        self, state_dict, prefix, local_metadata, strict, missing, unexpected, errors
-    ):
-        self.in_step = False
-        for name in self.initial:
-            value, loaded = getattr(self, name), state_dict.get(prefix + name)
-            if loaded is None:
-                missing.append(prefix + name)
-            elif loaded.shape != value.shape:
-                errors.append(
-                    f"{prefix}{name} is of {tuple(loaded.shape)} samples, "
-                    f"the loss of {tuple(value.shape)}"
-                )
-            elif value.is_meta or local_metadata.get("assign_to_params_buffers", False):
-                setattr(self, name, loaded.detach().to(torch.float32))
-            else:
-                value.copy_(loaded)
-        own = {prefix + name for name in self.initial}
-        unexpected += [key for key in state_dict if key.startswith(prefix) and key not in own]
-
-    def extra_repr(self):
-        return ", ".join(f"{name}: {tuple(getattr(self, name).shape)}" for name in self.initial)
 
 
 class _Bounded(torch.autograd.Function):
@@ -177,7 +104,8 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
     while). Every rank holds the state of all samples and writes what the others' pairs changed. The
     state dict of one rank is that of any; load it on every rank, on any number of them: DDP, which
     hands on the weights of rank 0, does not know the state. A state that is not the same on all
-    ranks raises in the first call after it was loaded.
+    ranks raises in the first call after it was loaded, and so do parameters in every call: those of
+    the networks, and clip's temperature, want DDP as the encoders do.
 
     Activation checkpointing must not repeat a call that updates the state. That is an error, unless
     the loss is compiled within a region that is checkpointed in eager mode: then it goes unseen.
@@ -406,15 +334,30 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
             "RobustContrastiveLoss", group, image, text, method=METHODS.index(self.method),
             num_samples=self.num_samples, gamma=self.gamma, rho=self.rho, update_state=update,
             ids=image_ids is not None, text_ids=text_ids is not None,
-            **self._alike(),
+            **{
+                "the state (a state dict is to be loaded on every rank)": self.state.fingerprint,
+                "the sum of the parameters (wrap the loss in DistributedDataParallel)":
+                    self._sum_of_parameters,
+            },
         )  # fmt: skip
         if ranks is not None:
             self.state.in_step = True
         return ranks
 
-    def _alike(self):
-        """What else must be the same on all ranks: name -> function that returns a number."""
-        return {"the state (a state dict is to be loaded on every rank)": self.state.fingerprint}
+    @torch.no_grad()
+    def _sum_of_parameters(self):
+        """Differs where ranks train parameters apart; 0 where FSDP shares them out, which keeps
+        them in step."""
+        from torch.distributed.fsdp import FullyShardedDataParallel
+        from torch.distributed.tensor import DTensor
+
+        parameters = list(self.parameters())
+        if any(isinstance(m, FullyShardedDataParallel) for m in self.modules()) or any(
+            isinstance(p, DTensor) for p in parameters
+        ):
+            return 0
+        total = sum(p.sum(dtype=torch.float64) for p in parameters)
+        return float(torch.as_tensor(total).nan_to_num())  # NaN differs from itself
 
     def _group(self):
         if self.process_group != "world":
