@@ -4,7 +4,7 @@ BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 
-.PHONY: demo test bench lint format clean
+.PHONY: demo test bench cuda lint format clean
 
 demo: .venv/built
 	$(BIN)/python examples/train_lm.py
@@ -39,5 +39,8 @@ format: .venv/installed
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-build-isolation --no-deps -e .
 	touch $@
 
+cuda: .venv/installed
+	TEMPNET_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
+
 clean:
-	rm -rf build *.egg-info tempnet_kernels/*.so .venv/built
+	rm -rf build *.egg-info tempnet_kernels/*.so tempnet_kernels/lib .venv/built

@@ -1,6 +1,7 @@
 """python -m tempnet_kernels env | inspect | plot-tau"""
 
 import contextlib
+import ctypes
 import json
 import platform
 from pathlib import Path
@@ -64,6 +65,8 @@ def env():
         facts.add_row(f"cuda:{i}", f"{properties.name}, sm_{properties.major}{properties.minor}")
     if not torch.cuda.is_available():
         facts.add_row("GPU", "none")
+    for device in ("cpu", "cuda"):
+        facts.add_row(f"native, {device}", _library(device))
     console.print(facts)
 
     table = Table(title="backend of each op ('auto' in bold)")
@@ -155,8 +158,29 @@ def _errors():
         raise typer.Exit(1) from error
 
 
+def _library(device):
+    """The compiled library, for which architectures, and whether it is loaded."""
+    path = _register.library(device)
+    if not path.exists():
+        return "not built"
+    name = f"{path.parent.name}/{path.name}"
+    if device == "cuda" and not torch.version.cuda:
+        return f"{name}, not loaded: this torch has no CUDA"
+    error = _register.load_native().get(device)
+    if error is not None:
+        return f"{name}, not loaded: {error}"
+    if device == "cpu":
+        return f"{name}, loaded"
+    architectures = ctypes.CDLL(str(path)).tempnet_architectures
+    architectures.restype = ctypes.c_char_p
+    return f"{name}, loaded; compiled for {architectures().decode()}"
+
+
 def _launch_plans():
-    from tempnet_kernels import _C_cuda
+    try:
+        from tempnet_kernels import _C_cuda
+    except ImportError:
+        return "launch plans: tempnet_kernels._C_cuda is not built for this Python"
 
     major, minor = torch.cuda.get_device_capability()
     table = Table(title="CUDA C++ kernels of dro_cross_entropy, loss and gradient, N = 8192")
@@ -181,8 +205,8 @@ def _simd():
     try:
         from tempnet_kernels import _C
     except ImportError:
-        return "unknown: the C++ extension is not built"
-    return f"{_C.cpu_capability()} ({_C.build_info()['compiler']})"
+        return "unknown: tempnet_kernels._C is not built for this Python"
+    return f"{_C.cpu_capability()} (compiler {_C.compiler})"
 
 
 if __name__ == "__main__":

@@ -1,17 +1,20 @@
 """Operators: one schema, three backends. The only user of ``torch.library.Library``.
 
 An operator ``tempnet::<name>`` is declared once and becomes the overloads ``.native`` (C++ or
-CUDA, registered by the compiled extensions through the LibTorch stable ABI), ``.triton`` and
+CUDA, registered by the compiled libraries through the LibTorch stable ABI), ``.triton`` and
 ``.reference`` (Python, imported at the first call).
 """
 
+import functools
 import importlib
 import importlib.util
 import os
+from pathlib import Path
 
 import torch
 
 BACKENDS = ("native", "triton", "reference")
+_BUILD = "`pip install --no-build-isolation -e .` in the repository"
 
 _library = torch.library.Library("tempnet", "DEF")
 _modules = {}
@@ -72,11 +75,23 @@ def operator(name, backend):
     return getattr(getattr(torch.ops.tempnet, name), backend)
 
 
+def library(device):
+    """Where the library of the kernels on ``device`` ("cpu" or "cuda") is, or would be."""
+    return Path(__file__).with_name("lib") / f"libtempnet_{device}.so"
+
+
+@functools.cache
 def load_native():
-    """Import the compiled extensions that are there; each registers its kernels as ``.native``."""
-    for extension in ("_C", "_C_cuda"):
-        if importlib.util.find_spec(f"tempnet_kernels.{extension}") is not None:
-            importlib.import_module(f"tempnet_kernels.{extension}")
+    """Load the compiled libraries that are there; each registers its kernels as ``.native``.
+    Returns {device: why its library, which is there, does not load}."""
+    failed = {}
+    for device in ("cpu", "cuda") if torch.version.cuda else ("cpu",):
+        if library(device).exists():
+            try:
+                torch.ops.load_library(library(device))
+            except OSError as error:
+                failed[device] = str(error)
+    return failed
 
 
 @torch.compiler.assume_constant_result  # so that the first call may be a compiled one
@@ -87,17 +102,15 @@ def missing(op, backend, device):
         key = "CUDA" if device == "cuda" else "CPU"
         if torch._C._dispatch_has_kernel_for_dispatch_key(f"tempnet::{op}.native", key):
             return None
+        if device in load_native():
+            return f"{library(device).name} does not load: {load_native()[device]}"
+        if library(device).exists():
+            if device == "cuda" and not torch.version.cuda:
+                return "this torch has no CUDA"
+            return f"{library(device).name} has no such kernel: build it again, with {_BUILD}"
         if device == "cuda":
-            if importlib.util.find_spec("tempnet_kernels._C_cuda") is not None:
-                return "it has no CUDA kernels: use backend='reference'"
-            return (
-                "the CUDA extension is not built: with nvcc and a torch with CUDA, run "
-                "`pip install --no-build-isolation -e .` in the repository"
-            )
-        return (
-            "the C++ extension is not built: "
-            "run `pip install --no-build-isolation -e .` in the repository"
-        )
+            return f"the CUDA kernels are not built: with nvcc and a torch with CUDA, run {_BUILD}"
+        return f"the C++ kernels are not built: run {_BUILD}"
     if backend == "triton":
         if importlib.util.find_spec(f"tempnet_kernels.triton.{_modules[op]}") is None:
             return "it has no Triton kernels: use backend='reference'"

@@ -4,6 +4,8 @@
 #include <cstdint>
 #include <string>
 
+#include "../export.h"
+
 namespace tempnet {
 
 struct LaunchPlan {
@@ -13,6 +15,6 @@ struct LaunchPlan {
 };
 
 // dtype: "float32", "bfloat16" or "float16". arch: 80 for compute capability 8.0.
-LaunchPlan launch_plan(int64_t n, int64_t v, const std::string& dtype, int arch);
+TEMPNET_EXPORT LaunchPlan launch_plan(int64_t n, int64_t v, const std::string& dtype, int arch);
 
 }  // namespace tempnet

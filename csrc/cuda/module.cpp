@@ -1,4 +1,4 @@
-// The pybind11 module tempnet_kernels._C_cuda. Importing it registers the CUDA kernels.
+// The pybind11 module tempnet_kernels._C_cuda: questions to the library of the CUDA kernels.
 #include <pybind11/pybind11.h>
 
 #include "launch_plan.h"
