@@ -110,15 +110,21 @@ def environment():
     commit = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
     ).stdout.strip()
+    versions = {"python": platform.python_version(), "torch": torch.__version__}
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()
+        versions["cuda"] = torch.version.cuda
     else:
-        from tempnet_kernels import _C
-
-        device = (
-            f"{platform.machine()} CPU, {_C.cpu_capability()}, {torch.get_num_threads()} threads"
-        )
+        device = f"{platform.machine()} CPU, {_simd()}, {torch.get_num_threads()} threads"
     import triton
 
-    versions = {"torch": torch.__version__, "triton": triton.__version__}
+    versions["triton"] = triton.__version__
     return {"device": device, **versions, "commit": commit}
+
+
+def _simd():
+    try:
+        from tempnet_kernels import _C
+    except ImportError:
+        return "SIMD unknown"
+    return _C.cpu_capability()

@@ -1,7 +1,6 @@
 """python -m tempnet_kernels env | inspect | plot-tau"""
 
 import contextlib
-import ctypes
 import json
 import platform
 from pathlib import Path
@@ -171,9 +170,7 @@ def _library(device):
         return f"{name}, not loaded: {error}"
     if device == "cpu":
         return f"{name}, loaded"
-    architectures = ctypes.CDLL(str(path)).tempnet_architectures
-    architectures.restype = ctypes.c_char_p
-    return f"{name}, loaded; compiled for {architectures().decode()}"
+    return f"{name}, loaded; compiled for {_register.cuda_architectures()}"
 
 
 def _launch_plans():

@@ -5,6 +5,7 @@ CUDA, registered by the compiled libraries through the LibTorch stable ABI), ``.
 ``.reference`` (Python, imported at the first call).
 """
 
+import ctypes
 import functools
 import importlib
 import importlib.util
@@ -92,6 +93,13 @@ def load_native():
             except OSError as error:
                 failed[device] = str(error)
     return failed
+
+
+def cuda_architectures():
+    """What the CUDA library was compiled for, as TORCH_CUDA_ARCH_LIST writes it."""
+    function = ctypes.CDLL(str(library("cuda"))).tempnet_architectures
+    function.restype = ctypes.c_char_p
+    return function().decode()
 
 
 @torch.compiler.assume_constant_result  # so that the first call may be a compiled one

@@ -1,25 +1,53 @@
-"""Runs every CUDA kernel on small shapes; for compute-sanitizer (scripts/gpu_check.sh)."""
+"""Runs every CUDA kernel on small shapes, for compute-sanitizer (sanitize.py)."""
+
+from pathlib import Path
+import sys
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
 from test_dro_cross_entropy import CUDA_SHAPES
 
 from tempnet_kernels import (
+    _register,
     _similarity,
     dro_contrastive,
     dro_cross_entropy,
     linear_dro_cross_entropy,
     optimal_temperature,
+    tempered_log_softmax,
+    tempered_softmax,
 )
 from tempnet_kernels.nn import TempNet
 
 
-def run(wide, target, tau, v, first, **options):
+def token(wide, target, tau, v, first, **options):
     logits = wide.clone()[:, first : first + v].requires_grad_()
     out = dro_cross_entropy(logits, target, tau, 0.5, backend="native", **options)
     loss = out[0] if options.get("return_stats") else out
     (2 * loss.sum()).backward()
     with torch.no_grad():
         dro_cross_entropy(logits, target, tau, 0.5, backend="native", **options)
+
+
+def vocabulary_parts(logits, target, tau):
+    """The columns of the second of two processes."""
+    v = logits.shape[1]
+    _register.operator("dro_cross_entropy_stats", "native")(
+        logits, target, tau, -100, v, 2 * v, True, True
+    )
+    rows = torch.zeros(6, len(target), device="cuda")
+    for name in ("dro_cross_entropy_bwd", "dro_cross_entropy_bwd_"):
+        _register.operator(name, "native")(
+            logits.clone(), target, tau, torch.ones_like(tau), rows, -100, 0.1, 1e-3, v, 2 * v
+        )
+
+
+def softmax(logits, tau):
+    logits = logits.detach().requires_grad_()
+    for function in (tempered_softmax, tempered_log_softmax):
+        out = function(logits, tau, backend="native")
+        out.backward(torch.randn_like(out))
 
 
 def run_contrastive(dtype, m, n, **options):
@@ -64,10 +92,13 @@ def main():
             target = torch.randint(0, v, (n,), device="cuda")
             target[1] = -100
             tau = (torch.rand(n, device="cuda") + 0.5).requires_grad_()
-            run(wide, target, tau, v, first)
-            run(wide, target, tau, v, first, reduction="none", return_stats=True)
-            run(wide, target, tau, v, first, label_smoothing=0.1, z_loss=1e-3)
-            optimal_temperature(wide[:, first : first + v], 0.5, 0.1, 9, backend="native")
+            token(wide, target, tau, v, first)
+            token(wide, target, tau, v, first, reduction="none", return_stats=True)
+            token(wide, target, tau, v, first, label_smoothing=0.1, z_loss=1e-3)
+            logits = wide[:, first : first + v]
+            vocabulary_parts(logits, target + v, tau.detach())
+            softmax(logits, tau)
+            optimal_temperature(logits, 0.5, 0.1, 9, backend="native")
         contrastive(dtype)
         linear(dtype)
         torch.cuda.synchronize()

@@ -1,0 +1,29 @@
+"""A pytest plugin: every test that has ended as a JSON line in a file, so that a run that is stopped
+has said what it did."""
+
+import json
+
+
+def pytest_addoption(parser):
+    parser.addoption("--case-lines", metavar="FILE")
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):  # the workers' reports come to the controller
+        config.pluginmanager.register(_Writer(config.getoption("--case-lines")))
+
+
+class _Writer:
+    def __init__(self, path):
+        self.file = open(path, "a", buffering=1)
+
+    def pytest_runtest_logreport(self, report):
+        if report.when != "call" and report.passed:
+            return
+        line = {"case": report.nodeid, "status": "ok", "seconds": round(report.duration, 3)}
+        if report.skipped:
+            line |= {"status": "unable", "error": str(report.longrepr[-1])[:300]}
+        elif report.failed:
+            text = " ".join(report.longreprtext.splitlines()[-3:])
+            line |= {"status": "exception", "error": text[:300]}
+        self.file.write(json.dumps(line) + "\n")

@@ -1,0 +1,463 @@
+"""Every public function and module, every backend and dtype and all gradients at small shapes,
+against the reference in float64. A case says how many times its bound it errs.
+
+import functools
+import itertools
+import math
+
+import torch
+import torch.nn.functional as F
+
+from tempnet_kernels import (
+    _register,
+    _similarity,
+    _vocabulary,
+    dro_contrastive,
+    dro_cross_entropy,
+    linear_dro_cross_entropy,
+    nn,
+    optimal_temperature,
+    tempered_log_softmax,
+    tempered_softmax,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BACKENDS = ("native", "triton", "reference")
+
+
+def absolute_bounds(v, *names):
+    """Of H and KL over v columns and of what is formed from them, whatever the dtype."""
+    return dict.fromkeys(names, 2e-6 * max(1.0, math.log(v)))
+
+
+def judge(got, exact, plain, absolute):
+    """(the largest error over its bound, of which output). ``absolute``: bounds by name; the others
+    are twice the error of the reference in the same dtype, plus one unit."""
+    worst = (0.0, "nothing")
+    for name, g in got.items():
+        g, e, p = g.detach().cpu(), exact[name].detach(), plain[name].detach().double()
+        assert g.shape == e.shape, f"{name} has shape {tuple(g.shape)}, expected {tuple(e.shape)}"
+        if not g.is_floating_point():
+            worst = max(worst, (0.0 if torch.equal(g, e) else math.inf, name))
+            continue
+        there = ~e.isnan()
+        assert torch.equal(there, ~g.isnan()), f"{name}: NaN in other places"
+        if not there.any():
+            continue
+        unit = torch.finfo(g.dtype).eps * e[there].abs().max()
+        bound = absolute.get(name, (2 * ((p - e)[there].abs().max() + unit)).item())
+        error = (g.double() - e)[there].abs().max().item()
+        worst = max(worst, (error / bound if error else 0.0, name))
+    return worst
+
+
+def moved(inputs, device, dtype=None):
+    """With ``dtype``, of what is floating-point."""
+    return {
+        name: x.to(device, dtype if dtype and x.is_floating_point() else x.dtype)
+        for name, x in inputs.items()
+    }
+
+
+def pairs_of(label, make, function, device, dtypes=DTYPES, backends=BACKENDS):
+    """Cases of ``function(inputs, backend) -> {name: tensor}`` with
+    ``make(dtype) -> (inputs, absolute bounds)``."""
+
+    @functools.cache
+    def expected(dtype):
+        torch.manual_seed(1)
+        inputs, absolute = make(dtype)
+        exact = function(moved(inputs, "cpu", torch.float64), "reference")
+        return inputs, absolute, exact, function(moved(inputs, "cpu"), "reference")
+
+    def case(backend, dtype):
+        inputs, absolute, exact, plain = expected(dtype)
+        got = function(moved(inputs, device), backend)
+        off = {name for name, x in got.items() if x.device.type != device}
+        assert not off, f"{off} are not on the {device}"
+        ratio, name = judge(got, exact, plain, absolute)
+        if ratio <= 1:
+            return {"of_bound": ratio}
+        return {"status": "wrong", "error": f"{name} errs by {ratio:.3g} x its bound"}
+
+    if device == "cpu" and len(backends) > 1:
+        backends = backends[:2]  # the third is what they are compared with
+    for backend, dtype in itertools.product(backends, dtypes):
+        name = f"{label} {backend} {str(dtype).removeprefix('torch.')}"
+        yield name, functools.partial(case, backend, dtype)
+
+
+def with_gradients(inputs, names, loss_of, parameters=()):
+    """The loss, what ``loss_of(inputs)`` gives beside it, and the gradients of the inputs ``names``
+    and of named parameters."""
+    leaves = {name: inputs[name].detach().requires_grad_() for name in names}
+    loss, others = loss_of({**inputs, **leaves})
+    leaves |= dict(parameters)
+    upstream = torch.linspace(0.5, 1, loss.numel()).to(loss).view(loss.shape)
+    grads = torch.autograd.grad(loss, list(leaves.values()), upstream)
+    named = {f"grad of {name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    others = {name: x for name, x in others.items() if x is not None}
+    return {"loss": loss.detach(), **named, **others}
+
+
+def logits_of(n, v, first, dtype):
+    """Rows that begin ``first`` columns into a wider matrix."""
+    wide = (3 * torch.randn(n, v + first)).to(dtype)
+    return {
+        "logits": wide[:, first:],
+        "target": torch.randint(0, v, (n,)).index_fill_(0, torch.tensor([n // 2]), -100),
+        "tau": 0.5 + torch.rand(n),
+        "row_weight": 0.5 + torch.rand(n),
+        "upstream": torch.randn(n, v).to(dtype),
+    }
+
+
+def rows_of(n, v, first, dtype):
+    return logits_of(n, v, first, dtype), absolute_bounds(v, "entropy", "kl")
+
+
+def row_shapes(device):
+    """(N, V, columns before a row). On a GPU: a row in registers, read twice, over a cluster, and
+    few rows."""
+    if device == "cpu":
+        return (7, 33, 0), (5, 1000, 1), (3, 4097, 0)
+    return (7, 33, 0), (150, 4100, 1), (133, 36000, 1), (133, 60000, 0), (3, 20011, 0)
+
+
+def token_cases(device):
+    def loss(options, x, backend):
+        def call(x):
+            given = {"row_weight": x["row_weight"]} if options.get("z_loss") else {}
+            out, stats = dro_cross_entropy(
+                x["logits"] * 1, x["target"], x["tau"], 0.7, return_stats=True, backend=backend,
+                **given, **options,
+            )  # fmt: skip
+            return out, stats._asdict()
+
+        names = ["logits", "tau"] + ["row_weight"] * ("z_loss" in options)
+        return with_gradients(x, names, call)
+
+    everything = {"label_smoothing": 0.1, "z_loss": 1e-3, "overwrite_logits": True}
+    everything["reduction"] = "sum"
+    for n, v, first in row_shapes(device):
+        for words, options in (("", {}), (" none", {"reduction": "none"}), (" all", everything)):
+            make = functools.partial(rows_of, n, v, first)
+            label = f"dro_cross_entropy{words} ({n}, {v})"
+            yield from pairs_of(label, make, functools.partial(loss, options), device)
+
+
+def vocabulary_cases(device):
+    """Three processes' columns, in this one."""
+
+    def parts(x, backend):
+        logits, target, tau = x["logits"], x["target"], x["tau"]
+        v, scale, options = logits.shape[1], x["row_weight"], (-100, 0.1, 1e-2)
+        places = [(begin, v) for begin in range(0, v, v // 3)]
+        shards = [logits[:, begin : begin + v // 3] for begin, _ in places]
+        op = functools.partial(_register.operator, backend=backend)
+        stats = [
+            op("dro_cross_entropy_stats")(z, target, tau, -100, *place, True, True)
+            for z, place in zip(shards, places, strict=True)
+        ]
+        stats = map(torch.stack, zip(*stats, strict=True))
+        loss, rows, argmax = _vocabulary.merged(*stats, target, tau, scale, 0.7, *options, v)
+        args = target, tau, scale, rows, *options
+        grads = [
+            op("dro_cross_entropy_bwd")(z, *args, *place)
+            for z, place in zip(shards, places, strict=True)
+        ]
+        in_place = shards[1].clone()
+        op("dro_cross_entropy_bwd_")(in_place, *args, *places[1])
+        assert torch.equal(in_place, grads[1]), "in place the gradient is another one"
+        return {"loss": loss, "argmax": argmax, "grad_logits": torch.cat(grads, 1)}
+
+    for n, v, first in row_shapes(device):
+        v = v // 3 * 3
+        make = functools.partial(rows_of, n, v, first)
+        yield from pairs_of(f"vocabulary in 3 parts ({n}, {v})", make, parts, device)
+
+
+def softmax_cases(device):
+    def softmax(function, x, backend):
+        leaves = [x[name].detach().requires_grad_() for name in ("logits", "tau")]
+        out = function(*leaves, backend=backend)
+        grads = torch.autograd.grad(out, leaves, x["upstream"])
+        return {"output": out, "grad_logits": grads[0], "grad_tau": grads[1]}
+
+    for n, v, first in row_shapes(device):
+        for function in (tempered_softmax, tempered_log_softmax):
+            make = functools.partial(rows_of, n, v, first)
+            label = f"{function.__name__} ({n}, {v})"
+            yield from pairs_of(label, make, functools.partial(softmax, function), device)
+
+
+def solver_cases(device):
+    """KL(tau) and not tau is compared: a flat KL leaves tau open."""
+
+    def case(backend, dtype, n, v, first):
+        torch.manual_seed(1)
+        x = moved(logits_of(n, v, first, dtype), device)
+        rho = 0.3 * math.log(v)
+        tau, stats = optimal_temperature(
+            x["logits"], rho, 0.05, 9.0, return_stats=True, backend=backend
+        )
+        log_p = torch.log_softmax(x["logits"].cpu().double() / tau.cpu().double()[:, None], 1)
+        excess = math.log(v) + (log_p.exp() * log_p).sum(1) - rho
+        excess[(tau.cpu() == torch.tensor(9.0)) & (excess > 0)] = 0
+        excess[(tau.cpu() == torch.tensor(0.05)) & (excess < 0)] = 0
+        ratio = (excess.abs().max() / 1e-5).item()
+        told = (stats.kl.cpu() - rho - excess).abs().max().item() / (2e-6 * max(1, math.log(v)))
+        if ratio <= 1:
+            return {"of_bound": ratio, "kl_of_bound": told}
+        return {"status": "wrong", "error": f"the KL is off by {1e-5 * ratio:.3g}"}
+
+    for n, v, first in row_shapes(device):
+        for backend, dtype in itertools.product(BACKENDS, DTYPES):
+            name = f"optimal_temperature ({n}, {v}) {backend} {str(dtype).removeprefix('torch.')}"
+            yield name, functools.partial(case, backend, dtype, n, v, first)
+
+
+def linear_cases(device):
+    def tempnet_of(x, v, center):
+        """The same weights every time, in the dtype of the sums and without dropout."""
+        net = nn.TempNet(v, 0.5, 2.0, hidden_size=64, center=center).eval()
+        state = {name[4:]: value for name, value in x.items() if name.startswith("net.")}
+        double = x["hidden"].dtype == torch.float64
+        net.to(x["hidden"].device, torch.float64 if double else torch.float32)
+        net.load_state_dict(state)
+        return net
+
+    def make(n, v, d, dtype):
+        net = nn.TempNet(v, hidden_size=64)
+        torch.nn.init.normal_(net.last.bias)
+        x = {f"net.{name}": value for name, value in net.state_dict().items()}
+        x |= {
+            "hidden": torch.randn(n, d).to(dtype),
+            "weight": (2 * torch.randn(v, d) / d**0.5).to(dtype),
+            "bias": torch.randn(v).to(dtype),
+            "tau": 0.5 + torch.rand(n),
+            "target": torch.randint(0, v, (n,)).index_fill_(0, torch.tensor([n // 2]), -100),
+        }
+        return x, {}  # the product rounds its logits
+
+    def loss(options, x, backend):
+        options = dict(options)
+        net = None
+        if options.pop("net", False):
+            net = tempnet_of(x, x["weight"].shape[0], options.pop("center", None))
+        names = [] if options.pop("frozen", False) else ["hidden", "weight", "bias"]
+        names += ["tau"] * (net is None)
+
+        def call(x):
+            given = {"tau": x["tau"]} if net is None else {"tempnet": net}
+            out, stats = linear_dro_cross_entropy(
+                x["hidden"], x["weight"], x["target"], bias=x["bias"], rho=3.0, return_stats=True,
+                backend=backend, **given, **options,
+            )  # fmt: skip
+            # Logits that a product has rounded have no one argmax.
+            return out, {**stats._asdict(), "argmax": None}
+
+        return with_gradients(x, names, call, () if net is None else net.named_parameters())
+
+    kinds = (
+        (" tau", {}),
+        (" none", {"reduction": "none"}),
+        (" softcap", {"softcap": 3.0, "net": True}),
+        (" TempNet", {"net": True}),
+        (" TempNet, centred, dropping rows", {"net": True, "center": "max", "drop_ignored": True}),
+        (" frozen", {"net": True, "frozen": True}),
+    )
+    shapes = (
+        ((7, 33, 5), (12, 130, 8))
+        if device == "cpu"
+        else ((7, 33, 5), (70, 4099, 64), (300, 8192, 128))
+    )
+    for (n, v, d), (words, options) in itertools.product(shapes, kinds):
+        options = {**options, "chunk_rows": max(3, n // 3)}
+        yield from pairs_of(
+            f"linear_dro_cross_entropy{words} ({n}, {v}, {d})", functools.partial(make, n, v, d),
+            functools.partial(loss, options), device,
+        )  # fmt: skip
+
+
+def pairs(m, n, d, dtype):
+    image = F.normalize(torch.randn(m, d), dim=1)
+    text = torch.randn(n, d)
+    text[:m] += 2 * image
+    old = torch.randn(2, m) * 0.5 + math.log(m)
+    old[0, ::3] = math.nan
+    return {
+        "image": image.to(dtype),
+        "text": F.normalize(text, dim=1).to(dtype),
+        "tau_image": 0.1 + 0.2 * torch.rand(m),
+        "tau_text": 0.1 + 0.2 * torch.rand(m),
+        "log_s_image": old[0],
+        "log_s_text": old[1],
+        "image_ids": torch.randint(0, 2 * n, (n,)),
+        "negative_mask": torch.rand(m, n) < 0.7,
+        "positive": torch.randperm(n)[:m],
+    }
+
+
+def pairs_and_bounds(m, n, d, dtype):
+    absolute = absolute_bounds(n, "kl_image", "kl_text", "k_image", "k_text")
+    tau = absolute["kl_image"] / m
+    return pairs(m, n, d, dtype), {**absolute, "grad of tau_image": tau, "grad of tau_text": tau}
+
+
+def contrastive_cases(device):
+    def loss(given, options, x, backend):
+        names = ("image", "text", "tau_image", "tau_text")
+
+        def call(x):
+            out, stats = dro_contrastive(
+                *(x[name] for name in names), 2.0, return_stats=True, backend=backend,
+                **{name: x[name] for name in given}, **options,
+            )  # fmt: skip
+            return out, stats._asdict()
+
+        return with_gradients(x, names, call)
+
+    def tiled(function, x, backend):
+        """Several tiles in both directions, the last ones ragged."""
+        saved = _similarity.TILE_ROWS, _similarity.TILE_BYTES
+        _similarity.TILE_ROWS, _similarity.TILE_BYTES = ({k: v for k in saved[0]} for v in (64, 1))
+        try:
+            return function(x, backend)
+        finally:
+            _similarity.TILE_ROWS, _similarity.TILE_BYTES = saved
+
+    kinds = (
+        ("", (), {}),
+        (" moving average", ("log_s_image", "log_s_text"), {"gamma": 0.7}),
+        (" with the positive", (), {"include_positive": True}),
+        (" ids", ("image_ids",), {}),
+        (" mask and places", ("negative_mask", "positive"), {}),
+    )
+    shapes = (
+        ((1, 1, 8), (66, 80, 24))
+        if device == "cpu"
+        else ((1, 1, 8), (70, 130, 24), (333, 1029, 64))
+    )
+    for (m, n, d), (words, given, options) in itertools.product(shapes, kinds):
+        if m == 1 and given:
+            continue
+        function = functools.partial(loss, given, options)
+        make = functools.partial(pairs_and_bounds, m, n, d)
+        yield from pairs_of(f"dro_contrastive{words} ({m}, {n}, {d})", make, function, device)
+        if m > 1:
+            label = f"dro_contrastive{words}, tiles ({m}, {n}, {d})"
+            yield from pairs_of(label, make, functools.partial(tiled, function), device)
+
+
+def module_cases(device):
+    """In eval mode, since dropout is not the same on every device; then a step in train mode."""
+
+    def run(build, names, call, x, backend):
+        torch.manual_seed(2)
+        double = any(value.dtype == torch.float64 for value in x.values())
+        module = build(backend).to(dtype=torch.float64 if double else torch.float32).eval()
+        module.to(next(iter(x.values())).device)
+        parameters = [(k, p) for k, p in module.named_parameters() if p.requires_grad]
+        return with_gradients(x, names, lambda x: (call(module, x), {}), parameters)
+
+    def training(build, make, names, call):
+        torch.manual_seed(2)
+        x, _ = make(torch.float32)
+        module = build("auto").to(device).train()
+        x = moved(x, device)
+        leaves = {name: x[name].detach().requires_grad_() for name in names}
+        optimizer = torch.optim.SGD([*module.parameters(), *leaves.values()], lr=0.1)
+        for _ in range(2):
+            optimizer.zero_grad()
+            out = call(module, {**x, **leaves})
+            out.sum().backward()
+            optimizer.step()
+        assert out.isfinite().all(), f"the loss is {out}"
+        for name, value in {**leaves, **dict(module.named_parameters())}.items():
+            assert value.isfinite().all(), f"{name} is not finite after a step"
+        if hasattr(module, "temperature_stats"):
+            str(module.temperature_stats())
+
+    n, v, d = (6, 101, 16) if device == "cpu" else (130, 5003, 64)
+
+    def hidden(dtype):
+        x = {
+            "hidden": torch.randn(2, n // 2, d).to(dtype),
+            "weight": (2 * torch.randn(v, d) / d**0.5).to(dtype),
+            "labels": torch.randint(0, v, (2, n // 2)),
+        }
+        return x, {}
+
+    def tempnet():
+        net = nn.TempNet(v, 0.5, 2.0)
+        torch.nn.init.normal_(net.last.weight)
+        return net
+
+    def rows(dtype):
+        return logits_of(n, v, 0, dtype), {}
+
+    def batch(dtype):
+        x = pairs(n, n, d, dtype)
+        return {**{k: x[k] for k in ("image", "text")}, "ids": torch.randperm(2 * n)[:n]}, {}
+
+    def contrastive(method, backend):
+        nets = {}
+        if method == "tempnet":
+            for i, side in enumerate(("image", "text")):
+                nets[f"{side}_temp_gen"] = nn.ContrastiveTempNet(d, seed=i)
+        samples = 0 if method == "clip" else 2 * n
+        return nn.RobustContrastiveLoss(samples, 0.8, 2.0, method=method, backend=backend, **nets)
+
+    def contrastive_call(m, x):
+        return m(x["image"], x["text"], *([] if m.method == "clip" else [x["ids"]]))
+
+    kinds = [
+        (
+            "TempNet", lambda backend: tempnet(), rows, (), lambda m, x: m(x["logits"]),
+        ),
+        (
+            "TempNetCrossEntropyLoss",
+            lambda backend: nn.TempNetCrossEntropyLoss(tempnet(), 3.0, backend=backend), rows,
+            ("logits",), lambda m, x: m(x["logits"], x["target"]),
+        ),
+        (
+            "TempNetCausalLMLoss",
+            lambda backend: nn.TempNetCausalLMLoss(tempnet(), 3.0, backend=backend), hidden,
+            ("hidden", "weight"),
+            lambda m, x: m(x["hidden"], x["labels"], 7, weight=x["weight"]),
+        ),
+        (
+            "ContrastiveTempNet", lambda backend: nn.ContrastiveTempNet(d, seed=1), batch, (),
+            lambda m, x: m(x["image"], x["ids"]),
+        ),
+        *(
+            (
+                f"RobustContrastiveLoss {method}", functools.partial(contrastive, method), batch,
+                ("image", "text"), contrastive_call,
+            )
+            for method in ("clip", "sogclr", "isogclr", "tempnet")
+        ),
+    ]  # fmt: skip
+    for label, build, make, names, call in kinds:
+        alone = label in ("TempNet", "ContrastiveTempNet")
+        yield from pairs_of(
+            label, make, functools.partial(run, build, names, call), device,
+            dtypes=DTYPES[:1] if alone else DTYPES[:2], backends=BACKENDS[2:] if alone else BACKENDS,
+        )  # fmt: skip
+        yield f"{label} two steps", functools.partial(training, build, make, names, call)
+
+
+CASES = {
+    "dro_contrastive": contrastive_cases,
+    "linear_dro_cross_entropy": linear_cases,
+    "tempered_softmax": softmax_cases,
+    "optimal_temperature": solver_cases,
+    "vocabulary_parts": vocabulary_cases,
+    "modules": module_cases,
+    "dro_cross_entropy": token_cases,
+}
+
+
+def cases(device, part):
+    return CASES[part](device)
