@@ -289,7 +289,7 @@ class Trainer(Loop):
 
     def result(self, rows):
         raw, tempered = self.held_out(batches=24)
-        cuda = self.config.device == "cuda"
+        cuda = self.device.startswith("cuda")
         peak = torch.cuda.max_memory_allocated() / 2**20 if cuda else peak_rss_mib()
         return {
             "loss": self.kind.value,

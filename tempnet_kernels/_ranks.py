@@ -78,9 +78,9 @@ sum_over_ranks = torch.compiler.disable(SumOverRanks.apply)
 
 def meet(function, group, image, text, **same):
     """:class:`Ranks` of ``group``; None for one process. ``image [m, D]`` and ``text [n, D]`` are
-    this rank's; ``same`` are numbers, or functions that return one, which must be equal on all
-    ranks: they decide which collectives follow, and the result. Waits for the device: the sizes are
-    needed here."""
+    this rank's; ``same`` are numbers, or functions that return one or a 0-d tensor, which must be
+    equal on all ranks: they decide which collectives follow, and the result. Waits for the device,
+    once: the sizes are needed here."""
     if isinstance(group, Ranks):
         return group
     group = several(function, group)
@@ -97,9 +97,15 @@ def _meet(function, group, image, text, same):
         "grad mode": torch.is_grad_enabled(),
         **same,
     }
-    values = (value() if callable(value) else value for value in same.values())
-    own = [image.shape[0], text.shape[0], *values]
-    own = torch.tensor(own, dtype=torch.float64, device=image.device)
+    values = [value() if callable(value) else value for value in same.values()]
+    values = [image.shape[0], text.shape[0], *values]
+    numbers = [0 if isinstance(x, torch.Tensor) else x for x in values]
+    # Pinned: another copy to a GPU would be waited for.
+    own = torch.tensor(numbers, dtype=torch.float64, pin_memory=image.is_cuda)
+    own = own.to(image.device, non_blocking=True)
+    for x, to in zip(values, own, strict=True):
+        if isinstance(x, torch.Tensor):
+            to.copy_(x)
     pairs, sizes, *others = all_gather(own, group).T.tolist()
     for name, values in zip(same, others, strict=True):
         if any(value != values[0] for value in values):

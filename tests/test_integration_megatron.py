@@ -380,6 +380,16 @@ def test_tempnet_of_another_vocabulary_is_refused(alone):
         loss(torch.randn(S, B, V - 1), torch.zeros(S, B, dtype=torch.int64), group)
 
 
+def test_the_default_tempnet_leaves_the_generators_of_the_gpus_alone(alone, monkeypatch):
+    model = gpt()
+    seeded = []
+    monkeypatch.setattr(torch.cuda, "manual_seed_all", seeded.append)
+    before = torch.get_rng_state()
+    apply_tempnet(model, rho=RHO)
+    assert not seeded
+    assert torch.equal(torch.get_rng_state(), before)
+
+
 def test_options_that_megatron_cannot_use_are_refused(alone):
     group = parallel_state.get_tensor_model_parallel_group()
     for option in ("reduction", "return_stats", "overwrite_logits"):

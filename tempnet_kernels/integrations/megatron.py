@@ -174,8 +174,9 @@ def apply_tempnet(model, *, rho, tempnet=None, **options):
     """
     _check(model, tempnet)
     if tempnet is None:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
+        with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+            # Not torch.manual_seed, which would seed the generators of every GPU too.
+            torch.default_generator.manual_seed(0)
             tempnet = TempNet(model.vocab_size)
     tempnet.to(next(model.parameters()).device)
     loss = TempNetVocabParallelCrossEntropy(tempnet, rho, model.pg_collection.tp, **options)

@@ -357,7 +357,7 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
         ):
             return 0
         total = sum(p.sum(dtype=torch.float64) for p in parameters)
-        return float(torch.as_tensor(total).nan_to_num())  # NaN differs from itself
+        return torch.as_tensor(total).nan_to_num()  # NaN differs from itself
 
     def _group(self):
         if self.process_group != "world":

@@ -33,12 +33,12 @@ class PerSampleState(nn.Module):
             getattr(self, name)[ids] = value[last].to(torch.float32)
 
     def fingerprint(self):
-        """A number that differs where states do; exact, so in whatever order it is summed. 0 once
-        they were the same: from then on every rank writes the same."""
+        """A number, 0-d on the device, that differs where states do; exact, so in whatever order it
+        is summed. 0 once they were the same: from then on every rank writes the same."""
         if self.in_step:
             return 0
         bits = (getattr(self, name).view(torch.int32) for name in self.initial)
-        return sum(int(x.sum(dtype=torch.int64)) for x in bits) % (1 << 31)
+        return sum(x.sum(dtype=torch.int64) for x in bits) % (1 << 31)
 
     def _apply(self, fn, recurse=True):
         super()._apply(fn, recurse)

@@ -106,7 +106,8 @@ class TempNet(SharesGroup, nn.Module):
         """Leave this rank its columns of the first layer, for logits whose columns the ranks of
         ``process_group`` share; see :func:`tempnet_kernels.dro_cross_entropy`. Returns self.
 
-        Call it on every rank once the network is loaded, before the optimizer is made. The other
+        Call it on every rank once the network is loaded and on the device of the ranks' collectives
+        (with NCCL its GPU), before the optimizer is made. The other
         parameters become those of the first rank, and their gradients are equal on every rank; a
         norm to clip by must be one of all ranks, or they drift apart. ``proj.0.weight`` is then
         ``[hidden_size, V / world_size]``, in the state dict too.
