@@ -33,6 +33,13 @@ if CUDA:
     ]
 
 
+def make(n, v, dtype):
+    torch.manual_seed(torch.seed())  # fresh data every run
+    logits = (torch.randn(n, v, device=DEVICE, dtype=dtype) * 3).requires_grad_()
+    target = torch.randint(0, v, (n,), device=DEVICE)
+    return logits, target, (torch.rand(n, device=DEVICE) + 0.5).requires_grad_()
+
+
 def gradients(name, logits, target, tau):
     loss = TOKEN_LOSSES[name](logits, target, tau, RHO)
     inputs = (logits,) if name in NO_TEMPERATURE else (logits, tau)
@@ -70,11 +77,8 @@ def check(name, logits, target, tau):
 
 @pytest.mark.parametrize("n, v, dtype", SHAPES, ids=str)
 def test_token_loss(benchmark, n, v, dtype):
-    torch.manual_seed(torch.seed())  # fresh data every run
     torch.compiler.reset()  # past a number of recompilations it runs eagerly, in silence
-    logits = (torch.randn(n, v, device=DEVICE, dtype=dtype) * 3).requires_grad_()
-    target = torch.randint(0, v, (n,), device=DEVICE)
-    tau = (torch.rand(n, device=DEVICE) + 0.5).requires_grad_()
+    logits, target, tau = make(n, v, dtype)
     for name in TOKEN_LOSSES:
         if name not in NO_TEMPERATURE:
             check(name, logits, target, tau)

@@ -6,6 +6,7 @@ The variants run in turn, round by round. Ours is checked in float64 before it i
 also Triton.
 """
 
+import functools
 import math
 
 import pytest
@@ -75,23 +76,32 @@ def check(name, backend, logits, rho):
     }
 
 
-@pytest.mark.parametrize("n, v, dtype", SHAPES, ids=str)
-def test_optimal_temperature(benchmark, n, v, dtype):
+def prepare(n, v, dtype):
+    """(logits, rho, {name: call}, check of ours)."""
     torch.manual_seed(torch.seed())  # fresh data every run
     logits, rho = make(n, v, dtype), 0.6 * math.log(v)
-    backends = {OURS: "native"} | ({f"{OURS}, Triton": "triton"} if CUDA else {})
-    found = {name: check(name, backend, logits, rho) for name, backend in backends.items()}
+    backends = {OURS: "native"} | ({f"{OURS}, triton": "triton"} if CUDA else {})
     variants = {
-        name: lambda backend=backend: optimal_temperature(
-            logits, rho, TAU_MIN, TAU_MAX, backend=backend
-        )
+        name: functools.partial(optimal_temperature, logits, rho, TAU_MIN, TAU_MAX, backend=backend)
         for name, backend in backends.items()
     }
     variants[f"bisection of {STEPS} steps, eager"] = lambda: bisection(logits, rho)
+    return (
+        logits,
+        rho,
+        variants,
+        lambda: {name: check(name, b, logits, rho) for name, b in backends.items()}[OURS],
+    )
+
+
+@pytest.mark.parametrize("n, v, dtype", SHAPES, ids=str)
+def test_optimal_temperature(benchmark, n, v, dtype):
+    logits, _, variants, checked = prepare(n, v, dtype)
+    found = checked()
     variants["copy of the logits"] = logits.clone
     peak = {name: peak_extra_mib(variant) for name, variant in variants.items()}  # warms up, too
     time_in_turn(
         benchmark, OURS, variants, ROUNDS, op="optimal_temperature", n=n, v=v,
         dtype=str(dtype).removeprefix("torch."), logits_mib=logits.nbytes / 2**20,
-        peak_extra_mib=peak, **found[OURS],
+        peak_extra_mib=peak, **found,
     )  # fmt: skip

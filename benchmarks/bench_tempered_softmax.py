@@ -31,6 +31,14 @@ if CUDA:
     ]
 
 
+def make(n, v, dtype):
+    """(logits, tau, upstream gradient)."""
+    torch.manual_seed(torch.seed())  # fresh data every run
+    logits = (torch.randn(n, v, device=DEVICE, dtype=dtype) * 3).requires_grad_()
+    tau = (torch.rand(n, device=DEVICE) + 0.5).requires_grad_()
+    return logits, tau, torch.randn(n, v, device=DEVICE, dtype=dtype)
+
+
 @torch.no_grad()
 def forward(function, logits, tau, upstream):
     return function(logits, tau)
@@ -60,11 +68,8 @@ def check(name, logits, tau, upstream):
 @pytest.mark.parametrize("work", [forward, forward_and_backward], ids=lambda work: work.__name__)
 @pytest.mark.parametrize("n, v, dtype", SHAPES, ids=str)
 def test_tempered_softmax(benchmark, n, v, dtype, work):
-    torch.manual_seed(torch.seed())  # fresh data every run
     torch.compiler.reset()  # past a number of recompilations it runs eagerly, in silence
-    logits = (torch.randn(n, v, device=DEVICE, dtype=dtype) * 3).requires_grad_()
-    upstream = torch.randn(n, v, device=DEVICE, dtype=dtype)
-    tau = (torch.rand(n, device=DEVICE) + 0.5).requires_grad_()
+    logits, tau, upstream = make(n, v, dtype)
     variants = {}
     for name, function in SOFTMAXES.items():
         check(name, logits, tau, upstream)

@@ -155,6 +155,13 @@ def official_linear(hidden, weight, target, tempnet, rho):
     return official_cross_entropy(z, target, tempnet(z.detach()), rho)
 
 
+_compiled_official_linear = torch.compile(official_linear, dynamic=False)
+
+
+def official_linear_compiled(hidden, weight, target, tempnet, rho):
+    return _compiled_official_linear(hidden, weight, target, tempnet, rho)
+
+
 def ours_with_logits(hidden, weight, target, tempnet, rho):
     z = F.linear(hidden, weight)
     return dro_cross_entropy(z, target, tempnet(z.detach()), rho, overwrite_logits=z.requires_grad)
@@ -171,6 +178,7 @@ def ours_linear_given(hidden, weight, target, tempnet, rho):
 
 LINEAR_LOSSES = {
     "official eager": official_linear,
+    "official compiled": official_linear_compiled,
     "tempnet_kernels, with the logits": ours_with_logits,
     "tempnet_kernels": ours_linear,
     "tempnet_kernels, tau given": ours_linear_given,

@@ -4,8 +4,9 @@ whatever happens to this process, what was done is known.
     python scripts/cases.py FILE [PART] --device cuda --out LINES [--after CASE]
 
 ``FILE`` defines ``cases(device, part)``: pairs of a name and a function. What a function returns, a
-dict, is the case's result; "status" is "ok" unless it says "wrong" or "unable", and "row" is its row
-in the summary's table. ``--after`` goes on behind a case that took its process with it.
+dict, is the case's result; "status" is "ok" unless it says "wrong" or "unable", "row" is its row in
+the summary's table, and "rows" a table of its own. ``--after`` goes on behind a case that took its
+process with it.
 """
 
 import argparse

@@ -10,6 +10,7 @@ something was wrong.
 """
 
 import argparse
+import contextlib
 import datetime
 import json
 import os
@@ -147,9 +148,7 @@ def run_job(job, step, device, deadline, directory, log):
             lines.give_up("stopped", "the step's time was over")
         elif ended == "hangs":
             lines.give_up("hangs", f"more than {step.case_seconds:.0f} s")
-        elif lines.current is not None:
-            lines.give_up("crashed", _how(process.returncode, printed))
-        elif process.returncode and not lines.done:
+        elif lines.current is not None or (process.returncode and not lines.done):
             lines.give_up("crashed", _how(process.returncode, printed))
         elif process.returncode == 0 or isinstance(job, Tests):
             return lines.done
@@ -174,10 +173,8 @@ def _watch(process, lines, step, deadline):
 
 def _kill(process):
     """With all that it started."""
-    try:
+    with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass
     process.wait()
 
 

@@ -68,15 +68,18 @@ def _bad_cases(step):
 
 
 def _table(step):
-    rows = [(c["case"], c["row"]) for c in step["cases"] if "row" in c]
-    if not rows:
-        return []
-    columns = list(dict.fromkeys(name for _, row in rows for name in row))
-    lines = ["", f"| {step['name']} | {' | '.join(columns)} |"]
-    lines.append("| --- |" + " ---: |" * len(columns))
-    for case, row in rows:
-        cells = (_cell(row.get(name)) for name in columns)
-        lines.append(f"| {case} | {' | '.join(cells)} |")
+    """What the cases say in a row, and what some of them say in several."""
+    tables = [(step["name"], {c["case"]: c["row"] for c in step["cases"] if "row" in c})]
+    tables += [(c["case"], c["rows"]) for c in step["cases"] if "rows" in c]
+    return [line for title, rows in tables if rows for line in _rows(title, rows)]
+
+
+def _rows(title, rows):
+    columns = list(dict.fromkeys(name for row in rows.values() for name in row))
+    columns = [c for c in columns if any(row.get(c) is not None for row in rows.values())]
+    lines = ["", f"| {title} | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
+    for name, row in list(rows.items())[:SHOWN]:
+        lines.append(f"| {name} | {' | '.join(_cell(row.get(c)) for c in columns)} |")
     return lines
 
 

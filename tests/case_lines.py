@@ -1,5 +1,5 @@
-"""A pytest plugin: every test that has ended as a JSON line in a file, so that a run that is stopped
-has said what it did."""
+"""A pytest plugin: every test that has ended is a JSON line in a file, so that a run that is
+stopped has said what it did."""
 
 import json
 
@@ -15,7 +15,7 @@ def pytest_configure(config):
 
 class _Writer:
     def __init__(self, path):
-        self.file = open(path, "a", buffering=1)
+        self.path = path
 
     def pytest_runtest_logreport(self, report):
         if report.when != "call" and report.passed:
@@ -26,4 +26,5 @@ class _Writer:
         elif report.failed:
             text = " ".join(report.longreprtext.splitlines()[-3:])
             line |= {"status": "exception", "error": text[:300]}
-        self.file.write(json.dumps(line) + "\n")
+        with open(self.path, "a") as file:
+            file.write(json.dumps(line) + "\n")

@@ -1,7 +1,7 @@
 """Runs every CUDA kernel on small shapes, for compute-sanitizer (sanitize.py)."""
 
-from pathlib import Path
 import sys
+from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 

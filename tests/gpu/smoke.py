@@ -1,5 +1,5 @@
 """Every public function and module, every backend and dtype and all gradients at small shapes,
-against the reference in float64. A case says how many times its bound it errs.
+against the reference in float64. A case says how many times its bound it errs."""
 
 import functools
 import itertools
@@ -441,10 +441,9 @@ def module_cases(device):
     ]  # fmt: skip
     for label, build, make, names, call in kinds:
         alone = label in ("TempNet", "ContrastiveTempNet")
-        yield from pairs_of(
-            label, make, functools.partial(run, build, names, call), device,
-            dtypes=DTYPES[:1] if alone else DTYPES[:2], backends=BACKENDS[2:] if alone else BACKENDS,
-        )  # fmt: skip
+        dtypes, backends = (DTYPES[:1], BACKENDS[2:]) if alone else (DTYPES[:2], BACKENDS)
+        function = functools.partial(run, build, names, call)
+        yield from pairs_of(label, make, function, device, dtypes, backends)
         yield f"{label} two steps", functools.partial(training, build, make, names, call)
 
 
