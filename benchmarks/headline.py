@@ -249,7 +249,8 @@ def measure(name, make):
     row |= {"ms": ours, "x ceiling": ours / ceiling, "ceiling ms": ceiling}
     if row["predicted x"]:
         row["measured / predicted"] = row["x ceiling"] / row["predicted x"]
-    row |= {other: f"{ms / ours:.2f}x" for other, ms in medians.items()} | failed
+    theirs = {other: f"{ms / ours:.2f}x" for other, ms in medians.items()} | failed
+    row["others, x ours"] = ", ".join(f"{other} {said}" for other, said in theirs.items())
     return {"row": row, "time_ms": times}
 
 

@@ -7,13 +7,16 @@ from collections import Counter
 # From good to bad. "unable": this device cannot, and the reason is said. "stopped": the step's time
 # was over.
 STATUSES = ("ok", "unable", "stopped", "wrong", "exception", "hangs", "crashed")
-SHOWN = 12  # cases of a step that went wrong, and rows of its table
+SHOWN = 8  # lines about what went wrong in a step
+MAIN = 9  # columns of a table that fit beside each other
 
 
 def write_summary(summary, out):
-    """out/summary.json and out/summary.md, each whole at any moment."""
+    """In ``out`` summary.json, summary.md, which is a screen, and tables.md; each whole at any
+    moment."""
     _replace(out / "summary.json", json.dumps(_short(summary), indent=1) + "\n")
     _replace(out / "summary.md", markdown(summary))
+    _replace(out / "tables.md", "\n".join([_environment(summary), *_tables(summary)]) + "\n")
 
 
 def _replace(path, text):
@@ -35,13 +38,15 @@ def _short(summary):
 _PLAIN = {"case", "status", "seconds"}
 
 
-def markdown(summary):
+def _environment(summary):
     facts = ", ".join(f"{k} {v}" for k, v in summary["environment"].items())
+    return f"{facts}; {summary['date']}"
+
+
+def markdown(summary):
+    minutes = summary.get("seconds", 0) / 60
     lines = [
-        f"# {summary['environment'].get('device')}",
-        "",
-        f"{facts}; {summary['date']}; {summary.get('seconds', 0) / 60:.1f} of {summary['minutes']} "
-        "minutes",
+        f"{_environment(summary)}; {minutes:.1f} of {summary['minutes']} minutes",
         "",
         "| step | seconds | cases |",
         "| --- | ---: | --- |",
@@ -51,34 +56,64 @@ def markdown(summary):
         said = ", ".join(f"{counts[s]} {s}" for s in STATUSES if counts[s])
         lines.append(f"| {step['name']} | {step['seconds']} | {said or 'no time was left'} |")
     for step in summary["steps"]:
-        lines += _bad_cases(step) + _table(step)
+        lines += _bad_cases(step)
+    for step in summary["steps"]:
+        lines += _rows(step["name"], _of_cases(step), MAIN) + _best(step)
+    lines += ["", "All tables: tables.md; all numbers: summary.json; what was printed: log.txt."]
     return "\n".join(lines) + "\n"
 
 
 def _bad_cases(step):
-    bad = [c for c in step["cases"] if c["status"] != "ok"]
-    bad.sort(key=lambda c: -STATUSES.index(c["status"]))
-    if not bad:
-        return []
-    lines = ["", f"**{step['name']}**: not ok", ""]
-    lines += [f"- {c['case']}: {c['status']}, {c.get('error', '')}" for c in bad[:SHOWN]]
-    if len(bad) > SHOWN:
-        lines.append(f"- and {len(bad) - SHOWN} more in summary.json")
+    """Those that say the same in one line."""
+    alike = {}
+    for case in step["cases"]:
+        if case["status"] != "ok":
+            alike.setdefault((case["status"], case.get("error", "")), []).append(case["case"])
+    lines = []
+    for (status, error), names in sorted(alike.items(), key=lambda x: -STATUSES.index(x[0][0])):
+        others = f" and {len(names) - 1} others" if len(names) > 1 else ""
+        lines.append(f"- {step['name']}, {names[0]}{others}: {status}: {error}")
+    shown = lines[:SHOWN]
+    if lines[SHOWN:]:
+        shown.append(f"- and {len(lines) - SHOWN} more in summary.json")
+    return ["", *shown] if shown else []
+
+
+def _of_cases(step):
+    return {case["case"]: case["row"] for case in step["cases"] if "row" in case}
+
+
+def _best(step):
+    """Of what was tried in several ways, the best way and how far the default is from it."""
+    lines = []
+    for case in step["cases"]:
+        tried = {name: row for name, row in case.get("rows", {}).items() if "x best" in row}
+        if tried:
+            best = next(iter(tried))
+            default = next((n for n in tried if n.endswith("(default)")), None)
+            far = "" if default in (None, best) else f"; default {tried[default]['x best']:.2f} x"
+            lines.append(f"- {case['case']}: {best}, {tried[best]['ms']:.4g} ms{far}")
+    return ["", *lines] if lines else []
+
+
+def _tables(summary):
+    """What the cases say in a row, and what some of them say in several."""
+    lines = []
+    for step in summary["steps"]:
+        lines += _rows(step["name"], _of_cases(step))
+        for case in step["cases"]:
+            lines += _rows(case["case"], case.get("rows", {}))
     return lines
 
 
-def _table(step):
-    """What the cases say in a row, and what some of them say in several."""
-    tables = [(step["name"], {c["case"]: c["row"] for c in step["cases"] if "row" in c})]
-    tables += [(c["case"], c["rows"]) for c in step["cases"] if "rows" in c]
-    return [line for title, rows in tables if rows for line in _rows(title, rows)]
-
-
-def _rows(title, rows):
+def _rows(title, rows, most=None):
+    """A table; with ``most`` of the first so many columns."""
+    if not rows:
+        return []
     columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-    columns = [c for c in columns if any(row.get(c) is not None for row in rows.values())]
+    columns = [c for c in columns if any(row.get(c) is not None for row in rows.values())][:most]
     lines = ["", f"| {title} | {' | '.join(columns)} |", "| --- |" + " ---: |" * len(columns)]
-    for name, row in list(rows.items())[:SHOWN]:
+    for name, row in rows.items():
         lines.append(f"| {name} | {' | '.join(_cell(row.get(c)) for c in columns)} |")
     return lines
 

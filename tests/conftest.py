@@ -14,6 +14,14 @@ import pytest
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def pytest_collection_modifyitems(items):
+    """A test that takes ``device`` has its tensors on the GPU where there is one, and is marked
+    "gpu"; in the emulator they stay on the CPU."""
+    for item in items:
+        if "device" in item.fixturenames and "emulated" not in item.nodeid:
+            item.add_marker(pytest.mark.gpu)
+
+
 @pytest.fixture(autouse=True)
 def fill_uninitialized_memory():
     """torch.empty returns NaN, so an output that a kernel does not write is seen."""
@@ -64,12 +72,12 @@ def simd_level(request):
 
 
 @pytest.fixture(params=["reference", "native", "triton", "emulated"])
-def backend(request, monkeypatch):
+def backend(request, monkeypatch, device):
     """A backend of the contrastive loss. Where there is a GPU, tensors are made there. "emulated"
     is native on the CPU with the CUDA kernels in the emulator."""
     import emulated
 
-    device, name = DEVICE, request.param
+    name = request.param
     if name == "emulated":
         monkeypatch.setattr(
             "tempnet_kernels._similarity._op", emulated.ContrastiveOperators(emulated.load())

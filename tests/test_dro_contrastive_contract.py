@@ -247,6 +247,7 @@ def test_float64_on_a_backend_without_it_raises(device):
         dro_contrastive(image, image, 0.1, 0.1, backend="triton")
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("name", ["native", "triton"])

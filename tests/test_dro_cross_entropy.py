@@ -96,6 +96,7 @@ def test_value_and_gradients_match_the_definition(backend, shape, dtype, reducti
     check(backend, logits, target, tau, reduction=reduction)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("n, v, first", CUDA_SHAPES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -1,6 +1,7 @@
 """The token loss of a linear layer: value and every gradient against the float64 definition, with
 and without a TempNet, folded and direct, in chunks."""
 
+import contextlib
 import copy
 import sys
 
@@ -25,13 +26,16 @@ linear = sys.modules["tempnet_kernels.linear_dro_cross_entropy"]
 
 
 @pytest.fixture(params=[*BACKENDS, "emulated"])
-def backend(request, monkeypatch):
+def backend(request, monkeypatch, device):
+    """Where there is a GPU, tensors are made there; "emulated" is native on the CPU."""
     if request.param != "emulated":
-        return request.param
+        with contextlib.nullcontext() if device == "cpu" else torch.device(device):
+            yield request.param
+        return
     operators = emulated.Operators(emulated.load())
     monkeypatch.setattr("tempnet_kernels._linear._op", operators)
     monkeypatch.setattr(linear, "AUTO", {"cpu": ("native",)})
-    return "native"
+    yield "native"
 
 
 @pytest.fixture(params=["folded", "direct"])
@@ -41,7 +45,7 @@ def fold(request, monkeypatch):
     return request.param
 
 
-def layer(n=19, v=301, d=24, dtype=torch.float32, device="cpu", bias=True):
+def layer(n=19, v=301, d=24, dtype=torch.float32, device=None, bias=True):
     """(hidden, weight, bias, target): logits of a few units; some rows ignored."""
     hidden = torch.randn(n, d, device=device).to(dtype)
     weight = (torch.randn(v, d, device=device) / d**0.5 * 3).to(dtype)
@@ -50,7 +54,7 @@ def layer(n=19, v=301, d=24, dtype=torch.float32, device="cpu", bias=True):
     return hidden, weight, torch.randn(v, device=device).to(dtype) if bias else None, target
 
 
-def network(v, center=None, device="cpu", dropout=0.0, dtype=torch.float32, hidden_size=40):
+def network(v, center=None, device=None, dropout=0.0, dtype=torch.float32, hidden_size=40):
     """A TempNet whose temperatures differ: the initial one's hardly do."""
     net = TempNet(v, 0.4, 1.6, center=center, dropout=dropout, hidden_size=hidden_size)
     with torch.no_grad():

@@ -354,6 +354,7 @@ def test_equal_logits_have_the_same_temperature_folded(backend, monkeypatch):
     torch.testing.assert_close(*taus, rtol=1e-6, atol=0)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("backend", ["native", "triton"])
 def test_cuda_graph_replays_a_step(backend):

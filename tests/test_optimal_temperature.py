@@ -442,6 +442,7 @@ def test_results_are_not_read_on_the_host():
         assert tau.shape == (2, 3) and tau.dtype == torch.float32
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("v", [40, 40000, 140000])  # in registers, and read again
 @pytest.mark.parametrize("name", ["native", "triton"])

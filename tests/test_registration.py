@@ -209,6 +209,7 @@ def test_public_names_are_documented():
         assert getattr(tempnet_kernels, name).__doc__, name
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("n, v", [(6, 40), (200, 40000), (200, 70000)])  # row, twice, cluster
 @pytest.mark.parametrize("backend", ["native", "triton"])

@@ -489,6 +489,7 @@ def test_func_grad_checkpointing_and_autocast_give_the_same_gradients(name, log,
             assert torch.equal(g, e)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @logarithm
 @pytest.mark.parametrize("n, v", [(6, 40), (200, 40000), (200, 70001)])

@@ -21,7 +21,8 @@ from tempnet_kernels import (
     tempered_softmax,
 )
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+# On a CPU, where the tests cover more, so that this script has run before it is needed.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)[: 3 if torch.cuda.is_available() else 2]
 BACKENDS = ("native", "triton", "reference")
 
 
@@ -120,7 +121,7 @@ def row_shapes(device):
     """(N, V, columns before a row). On a GPU: a row in registers, read twice, over a cluster, and
     few rows."""
     if device == "cpu":
-        return (7, 33, 0), (5, 1000, 1), (3, 4097, 0)
+        return (7, 33, 0), (3, 1000, 1)
     return (7, 33, 0), (150, 4100, 1), (133, 36000, 1), (133, 60000, 0), (3, 20011, 0)
 
 
