@@ -153,7 +153,7 @@ def _anchors(state, s_positive, a, tau, log_s_old, gamma, rho):
     total = torch.exp(behind)
     # log(s/n) + rho - sum_j w_ij h_ij / tau, without a difference of large numbers at behind = 0.
     k = rho - kl - behind - torch.expm1(behind) * ln2 * (sx / s + shift)
-    bad = ~(tau > 0)
+    bad = ~((tau > 0) & (tau < math.inf))
     nan = math.nan
 
     def choose(value, dead):
@@ -349,7 +349,7 @@ def dro_contrastive(
         The loss, 0-d float32 (float64 for float64 features); with ``return_stats`` the pair
         ``(loss, ContrastiveStats)``. An anchor without negatives has loss 0, gradient 0, KL NaN,
         and its ``log_s`` comes back as it was; so does one whose new value is not finite. The loss
-        of no pairs is NaN. A tensor of temperatures with a value that is not > 0 gives NaN.
+        of no pairs is NaN. A tensor of temperatures with a value that is not in (0, inf) gives NaN.
 
     With ``process_group``, M and N above are a rank's own, as are all arguments, except that a row
     of ``negative_mask`` has the columns of all ranks, in their order. Numbers of pairs may differ,

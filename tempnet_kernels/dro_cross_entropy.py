@@ -304,7 +304,7 @@ def dro_cross_entropy(
     Returns:
         The loss in float32 (float64 for float64 logits), 0-d or of the target's shape; with
         ``return_stats`` the pair ``(loss, TokenStats)``. The mean over no rows is NaN. A row with
-        a NaN or +inf logit, or with ``tau <= 0`` or NaN in a tensor, has loss and gradient NaN.
+        a NaN or +inf logit, or with ``tau`` in a tensor not in (0, inf), has loss and gradient NaN.
 
     With ``process_group``, each of its W ranks passes as many consecutive columns, in the order of
     the ranks, and V above is W times their number. Everything else is the same on every rank:

@@ -118,7 +118,7 @@ def tempered_softmax(logits, tau, *, backend="auto"):
     Returns:
         ``[..., V]`` in the logits' dtype. A logit of -inf has probability and gradient exactly 0,
         whatever its upstream gradient. A row of only -inf, one with a NaN or +inf logit, and one
-        with ``tau <= 0`` or NaN in a tensor are NaN. A row whose largest logit is beyond
+        with ``tau`` in a tensor not in (0, inf) are NaN. A row whose largest logit is beyond
         ``1e9 * tau`` in magnitude may be NaN (one that is masked whole by a finite number).
 
     Raises:

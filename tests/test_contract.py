@@ -170,8 +170,8 @@ def test_every_weight_zero(backend, reduction, device):
     assert loss.isnan() if reduction == "mean" else loss == 0
 
 
-@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan])
-def test_tau_not_positive(backend, bad, device):
+@pytest.mark.parametrize("bad", [0.0, -1.0, math.nan, INF])
+def test_tau_not_positive_or_not_finite(backend, bad, device):
     logits, target = torch.randn(2, 8, device=device), torch.tensor([1, 2], device=device)
     with pytest.raises(ValueError, match=r"dro_cross_entropy: tau must be a finite number > 0"):
         dro_cross_entropy(logits, target, bad, backend=backend)

@@ -149,3 +149,37 @@ def test_kernels_of_the_optimal_temperature_do_not_spill(compiled, architecture)
     for kernel, arguments, registers, spilled in kernels:
         # 1024 threads x 64 registers are a multiprocessor's.
         assert (registers <= 64, spilled) == (True, 0), (kernel, arguments, registers)
+
+
+# A program with a CUDA runtime of its own, whose last error is that of a call that has failed.
+RUNTIME = """
+#include <cuda_runtime_api.h>
+cudaError_t last = cudaErrorInvalidValue;
+cudaError_t cudaGetLastError() { const cudaError_t e = last; last = cudaSuccess; return e; }
+const char* cudaGetErrorString(cudaError_t) { return "invalid argument"; }
+extern "C" void** __cudaRegisterFatBinary(void*) { return nullptr; }
+extern "C" void __cudaRegisterFatBinaryEnd(void**) {}
+extern "C" void __cudaUnregisterFatBinary(void**) {}
+extern "C" char __cudaInitModule(void**) { return 0; }
+"""
+PROGRAM = """
+#include "cuda/device.cuh"
+#include <cstdio>
+extern cudaError_t last;
+int main() {
+  try {
+    tempnet::device::check(cudaErrorInvalidValue, "cudaLaunchKernelEx");
+  } catch (const std::exception& error) {
+    std::printf("%s; then %d", error.what(), last);
+  }
+}
+"""
+
+
+def test_a_failed_call_leaves_no_error_for_the_next_kernel_of_torch(tmp_path):
+    (tmp_path / "runtime.cpp").write_text(RUNTIME)
+    (tmp_path / "program.cu").write_text(PROGRAM)
+    command = [NVCC, "-std=c++17", "-cudart=none", f"-I{ROOT}/csrc", "program.cu", "runtime.cpp"]
+    subprocess.run([*command, "-o", "program"], cwd=tmp_path, check=True)
+    result = subprocess.run([tmp_path / "program"], capture_output=True, text=True)
+    assert result.stdout == "cudaLaunchKernelEx: invalid argument; then 0"

@@ -56,7 +56,7 @@ def test_0d_and_number_temperatures(backend):
     torch.testing.assert_close(grad, torch.autograd.grad(same, rows)[0].sum())
 
 
-@pytest.mark.parametrize("bad", [math.nan, 0.0, -1.0])
+@pytest.mark.parametrize("bad", [math.nan, 0.0, -1.0, math.inf])
 def test_bad_temperature_gives_nan(backend, bad):
     tensors = leaves(make(6))
     tau = tensors[2].detach().clone()

@@ -345,14 +345,15 @@ def test_no_rows(backend, device):
 
 
 def test_views_are_read_in_place_and_padding_is_not_read(backend, device):
-    wide = torch.full((5, 64), math.nan, device=device)
-    logits = torch.randn(5, 33, device=device)
+    wide = torch.full((5, 1024), math.nan, device=device)
+    logits = torch.randn(5, 1000, device=device)
     expected = optimal_temperature(logits, 0.5, 0.1, 9, backend=backend)
     for first in (0, 1):
         wide[:] = math.nan
-        wide[:, first : first + 33] = logits
-        got = optimal_temperature(wide[:, first : first + 33], 0.5, 0.1, 9, backend=backend)
-        assert torch.equal(got, expected)
+        wide[:, first : first + 1000] = logits
+        got = optimal_temperature(wide[:, first : first + 1000], 0.5, 0.1, 9, backend=backend)
+        # Not the same bits: the order of a kernel's sums follows where a row begins in 16 bytes.
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=0)
     got = optimal_temperature(logits.T.contiguous().T, 0.5, 0.1, 9, backend=backend)
     assert torch.equal(got, expected)
 

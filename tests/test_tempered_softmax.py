@@ -332,7 +332,9 @@ def test_log_softmax_passes_a_gradient_to_a_minus_inf_logit_as_torch_does(backen
 
 
 @logarithm
-@pytest.mark.parametrize("value", [NAN, INF, "row of -inf", "tau 0", "tau -1", "tau nan"])
+@pytest.mark.parametrize(
+    "value", [NAN, INF, "row of -inf", "tau 0", "tau -1", "tau nan", "tau inf"]
+)
 @pytest.mark.parametrize("column", [0, 4800])
 def test_a_bad_row_is_nan_and_no_other(backend, column, value, log, device):
     logits, tau, upstream = make((3, 5000), device=device)

@@ -89,3 +89,12 @@ def test_launch_plan_covers_every_size(module, dtype, arch):
                     assert v * dtype.itemsize % 16 == 0 and out
     assert {(False, 1), (True, 1)} <= kinds
     assert arch < 90 or {(False, 2), (False, 4), (False, 8), (True, 8)} <= kinds
+
+
+@pytest.mark.parametrize("v", [4096, 4100])  # every vector that a thread holds is the row's, or not
+def test_an_infinite_temperature_is_nan(use, v):
+    use()
+    logits, tau, upstream = softmax.make((3, v))
+    tau[1] = torch.inf
+    for result in softmax.run("native", False, logits, tau, upstream):
+        assert result[1].isnan().all() and result[[0, 2]].isfinite().all()

@@ -314,11 +314,11 @@ def test_every_row_ignored_or_no_rows(gloo, backend):
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bad_temperature(gloo, backend):
     logits, target, tau, _ = make()
-    tau[2], tau[3] = 0.0, math.nan
+    tau[2], tau[3], tau[5] = 0.0, math.nan, math.inf
     for loss, grad, grad_tau, _, stats in gloo.run(
         2, odd, logits, target, tau, {"backend": backend}
     ):
-        bad = [i in (2, 3) for i in range(7)]
+        bad = [i in (2, 3, 5) for i in range(7)]
         assert loss.isnan().tolist() == bad and grad_tau.isnan().tolist() == bad
         assert grad.isnan().all(1).tolist() == bad and stats.argmax[2] == -1
 

@@ -109,7 +109,8 @@ struct ForwardRows {
 
   template <bool kFma>
   static TEMPNET_INLINE void row(const Args<Z, T>& args, int64_t i) {
-    const T nan = std::numeric_limits<T>::quiet_NaN();
+    const T nan = std::numeric_limits<T>::quiet_NaN(),
+            infinity = std::numeric_limits<T>::infinity();
     const int64_t n = args.n, v = args.v;
     const Z* z = args.logits + i * args.logits_stride;
     Z* grad = args.grad ? args.grad + i * args.grad_stride : nullptr;
@@ -118,7 +119,7 @@ struct ForwardRows {
     const bool ignored = y == args.ignore_index;
     T* rows = args.rows + i;
 
-    if (ignored || !(tau > 0)) {
+    if (ignored || !(tau > 0 && tau < infinity)) {
       const T value = ignored ? T(0) : nan, scaled = scale == 0 ? T(0) : value;
       args.loss[i] = rows[kGradTau * n] = scaled;
       rows[kLoss * n] = value;
@@ -156,18 +157,19 @@ template <class Z, class T>
 struct StatsRows {
   template <bool kFma>
   static TEMPNET_INLINE void run(const Args<Z, T>& args, int64_t begin, int64_t end) {
-    const T nan = std::numeric_limits<T>::quiet_NaN();
+    const T nan = std::numeric_limits<T>::quiet_NaN(),
+            infinity = std::numeric_limits<T>::infinity();
     for (int64_t i = begin; i < end; ++i) {
       const Z* z = args.logits + i * args.logits_stride;
       const int64_t y = args.target[i];
       const T tau = args.tau[i];
-      if (y == args.ignore_index || !args.in_vocabulary(y) || !(tau > 0)) {
+      if (y == args.ignore_index || !args.in_vocabulary(y) || !(tau > 0 && tau < infinity)) {
         for (int field = 0; field < kPartFields; ++field) args.parts[field * args.n + i] = nan;
         if (args.argmax) args.argmax[i] = -1;
         continue;
       }
       const RowSums<T> sums = reduce_row<kFma>(z, args.v, Constants<T>::kLog2e / tau);
-      const T z_y = args.held(y) ? T(load(z[y - args.begin])) : -std::numeric_limits<T>::infinity();
+      const T z_y = args.held(y) ? T(load(z[y - args.begin])) : -infinity;
       store_part(args.parts + i, args.n, sums.state, sums.zmax, z_y, sums.su / T(args.v), tau);
       if (args.argmax) {
         // Of columns that are all -inf the first is as good as any; NaN has none.

@@ -31,7 +31,8 @@ struct Args {
 // log2(e) / tau, NaN for a bad temperature: everything of the row then is.
 template <class T>
 TEMPNET_INLINE T exponent_factor(T tau) {
-  return tau > 0 ? Constants<T>::kLog2e / tau : std::numeric_limits<T>::quiet_NaN();
+  const bool good = tau > 0 && tau < std::numeric_limits<T>::infinity();
+  return good ? Constants<T>::kLog2e / tau : std::numeric_limits<T>::quiet_NaN();
 }
 
 // The exponent (z - zmax) * a of a weight, exactly 0 for the largest logit.

@@ -155,6 +155,7 @@ TEMPNET_DEVICE void store_remote(float4*, uint32_t, const float4&, uint64_t*) {}
 
 inline void check(cudaError_t error, const char* what) {
   if (error != cudaSuccess) {
+    cudaGetLastError();  // or torch finds it after its next launch, and raises again
     throw std::runtime_error(std::string(what) + ": " + cudaGetErrorString(error));
   }
 }

@@ -62,7 +62,7 @@ TEMPNET_DEVICE RowInputs load_row(const Params& params, int i) {
   const bool inside = y >= 0 && y < params.vocab_size;
   const int64_t column = inside ? y - params.begin : -1;
   row.y = column >= 0 && column < params.v ? int(column) : -1;
-  row.live = !row.ignored && inside && row.tau > 0;
+  row.live = !row.ignored && inside && row.tau > 0 && row.tau < INFINITY;
   row.a = Constants<float>::kLog2e / row.tau;
   return row;
 }

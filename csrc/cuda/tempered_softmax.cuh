@@ -49,7 +49,7 @@ TEMPNET_DEVICE Row load_row(const Params& params) {
   row.first = rank == 0 && threadIdx.x == 0;
   row.tau = params.tau[row.i * params.tau_stride];
   // NaN for a bad temperature: everything of the row then is.
-  row.a = row.tau > 0 ? Constants<float>::kLog2e / row.tau : NAN;
+  row.a = row.tau > 0 && row.tau < INFINITY ? Constants<float>::kLog2e / row.tau : NAN;
   row.inverse_tau = 1 / row.tau;
   return row;
 }

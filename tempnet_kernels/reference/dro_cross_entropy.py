@@ -79,7 +79,7 @@ def _prepare(logits, target, tau, ignore_index, begin, vocab_size):
     the target's; rows not ignored)."""
     v = logits.shape[1]
     live = target != ignore_index
-    bad = (live & ((target < 0) | (target >= vocab_size))) | ~(tau > 0)
+    bad = (live & ((target < 0) | (target >= vocab_size))) | ~((tau > 0) & (tau < math.inf))
     z = torch.where(bad[:, None], math.nan, logits.to(tau.dtype))  # (N, V)
     y = target.long() - begin
     return z, y.clamp(0, v - 1), (y >= 0) & (y < v), live

@@ -43,7 +43,7 @@ def _centred(logits, tau):
     d = (
         z - zmax[:, None]
     )  # centred before the division: exact near the maximum, where the weight is
-    return zmax, d, d / torch.where(tau > 0, tau, math.nan)[:, None]
+    return zmax, d, d / torch.where((tau > 0) & (tau < math.inf), tau, math.nan)[:, None]
 
 
 def _empty(logits):

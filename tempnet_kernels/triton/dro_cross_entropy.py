@@ -57,7 +57,8 @@ def _begin_row(
     ignored = y == ignore_index
     outside = (y < 0) | (y >= v)
     # A NaN temperature makes everything of the row NaN.
-    tau = tl.where((tau > 0) & (ignored | (outside == 0)), tau, float("nan"))
+    good = (tau > 0) & (tau < float("inf")) & (ignored | (outside == 0))
+    tau = tl.where(good, tau, float("nan"))
     return i, tl.where(outside, 0, y), tau, scale, ignored
 
 

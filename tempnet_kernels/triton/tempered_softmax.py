@@ -34,7 +34,7 @@ def config(v, direction):
 def _factors(tau_ptr, tau_stride, i):
     """(tau, log2(e) / tau): NaN for a bad temperature, and so is everything of the row."""
     tau = tl.load(tau_ptr + i * tau_stride)
-    tau = tl.where(tau > 0, tau, float("nan"))
+    tau = tl.where((tau > 0) & (tau < float("inf")), tau, float("nan"))
     return tau, LOG2E / tau
 
 
