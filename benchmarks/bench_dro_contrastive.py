@@ -26,7 +26,7 @@ SHAPES = [(b, 512, torch.float32) for b in (2048, 4096, 8192)]
 if CUDA:
     SHAPES = [
         *((b, 768, torch.bfloat16) for b in (8192, 16384, 32768, 65536, 131072, 262144)),
-        *((65536, d, torch.bfloat16) for d in (512, 1024)),
+        *((b, d, torch.bfloat16) for d in (512, 1024) for b in (8192, 32768, 65536, 131072)),
         (8192, 512, torch.float32),
     ]
 

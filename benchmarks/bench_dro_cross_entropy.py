@@ -28,7 +28,7 @@ SHAPES = [
 if CUDA:
     SHAPES = [
         *((8192, v, torch.bfloat16) for v in (32000, 50257, 50304, 128256, 151936, 262144)),
-        *((8192, v, torch.float32) for v in (32000, 128256)),
+        *((8192, v, torch.float32) for v in (32000, 50304, 128256, 151936, 262144)),
         *((n, 128256, torch.bfloat16) for n in (1, 16, 64)),
     ]
 
@@ -79,12 +79,21 @@ def check(name, logits, target, tau):
 def test_token_loss(benchmark, n, v, dtype):
     torch.compiler.reset()  # past a number of recompilations it runs eagerly, in silence
     logits, target, tau = make(n, v, dtype)
+    missing = set()
     for name in TOKEN_LOSSES:
-        if name not in NO_TEMPERATURE:
-            check(name, logits, target, tau)
+        try:
+            if name not in NO_TEMPERATURE:
+                check(name, logits, target, tau)
+        except torch.OutOfMemoryError:
+            print(f"{name}: out of memory at {n} x {v}")
+            missing.add(name)
 
     # What overwrites the logits gets a copy, which is made before and not counted.
-    variants = {name: lambda z, name=name: gradients(name, z, target, tau) for name in TOKEN_LOSSES}
+    variants = {
+        name: lambda z, name=name: gradients(name, z, target, tau)
+        for name in TOKEN_LOSSES
+        if name not in missing
+    }
     variants[f"{OURS}, overwrite_logits"] = lambda z: overwriting(z, target, tau)
     if CUDA:
         variants[f"{OURS}, forward with statistics"] = lambda z: statistics(z, target, tau)

@@ -115,10 +115,14 @@ def info_of(op, n, v, d, dtype):
 @pytest.mark.parametrize("frozen", [False, True], ids=["training", "frozen"])
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_linear_loss(benchmark, shape, frozen):
+    torch.compiler.reset()  # past a number of recompilations it runs eagerly, in silence
     peak = {}
     for name in LINEAR_LOSSES:
         if not frozen or not name.endswith("given"):
-            peak[name] = peak_extra_mib_alone(peak_of, name, frozen, *shape)
+            try:
+                peak[name] = peak_extra_mib_alone(peak_of, name, frozen, *shape)
+            except torch.OutOfMemoryError:
+                print(f"{name}: out of memory at {shape}")
     tensors = make(*shape, frozen)
     check(*tensors)
     variants = {name: lambda name=name: step(name, *tensors) for name in peak}

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from tempnet_kernels import (
+    _products,
     _register,
     _similarity,
     _vocabulary,
@@ -122,7 +123,7 @@ def row_shapes(device):
     few rows."""
     if device == "cpu":
         return (7, 33, 0), (3, 1000, 1)
-    return (7, 33, 0), (150, 4100, 1), (133, 36000, 1), (133, 60000, 0), (3, 20011, 0)
+    return (7, 33, 0), (150, 4100, 1), (133, 36000, 1), (133, 60000, 0), (4, 128256, 1)
 
 
 def token_cases(device):
@@ -448,7 +449,40 @@ def module_cases(device):
         yield f"{label} two steps", functools.partial(training, build, make, names, call)
 
 
+def product_cases(device):
+    """The products of the loops: 16-bit operands with a float32 result, into a block of columns,
+    of transposed operands, twice into the same place."""
+
+    def case(dtype, m, k, n):
+        a, b = torch.randn(k, m).to(dtype), torch.randn(n, k).to(dtype)
+        exact, sizes = a.double().T @ b.double().T, a.double().abs().T @ b.double().abs().T
+        bound = 2**-20 * max(sizes.flatten().tolist(), default=1.0) + 1e-30
+        wide = torch.full((m, n + 3), math.nan, device=device)
+        wide[:, 3:] = 0
+        out, a, b = wide[:, 3:], a.to(device).T, b.to(device).T
+        if device == "cpu":  # as the loops do there: no product of 16 bits has a float32 result
+            a, b = a.float(), b.float()
+        _products.multiply(a, b, out)
+        error = (out.cpu().double() - exact).abs().max().item() if exact.numel() else 0.0
+        for _ in range(2):
+            _products.add_product(out, a, b)
+        if exact.numel():
+            error = max(error, (out.cpu().double() - 3 * exact).abs().max().item() / 3)
+        assert wide[:, :3].isnan().all(), "the columns beside the result are written"
+        if error <= bound:
+            return {"of_bound": error / bound}
+        return {"status": "wrong", "error": f"errs by {error / bound:.3g} x its bound"}
+
+    shapes = [(64, 32, 48), (1, 16, 40), (33, 100, 257), (5, 0, 8), (0, 8, 8), (257, 1, 16)]
+    if device == "cuda":
+        shapes += [(256, 4096, 50257), (4097, 64, 1)]
+    for dtype, shape in itertools.product(DTYPES, shapes):
+        name = f"product {shape} {str(dtype).removeprefix('torch.')}"
+        yield name, functools.partial(case, dtype, *shape)
+
+
 CASES = {
+    "products": product_cases,
     "dro_contrastive": contrastive_cases,
     "linear_dro_cross_entropy": linear_cases,
     "tempered_softmax": softmax_cases,
