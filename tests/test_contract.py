@@ -139,6 +139,23 @@ def test_row_of_minus_inf_is_nan(backend, device):
     assert loss[1].isfinite() and grad[1].isfinite().all()
 
 
+@pytest.mark.parametrize("columns", [40, 5000])
+def test_statistics_of_a_row_without_a_finite_softmax_are_nan(backend, columns, device):
+    """Its temperature and lse too: the maximum of a row of NaN or -inf need not be NaN."""
+    logits = torch.randn(6, columns, device=device)
+    logits[1, 3] = math.nan
+    logits[2] = math.nan
+    logits[3] = -INF
+    logits[4, 1] = INF
+    target = torch.arange(6, device=device)
+    tau = torch.tensor([1.0, 1.0, 1.0, 1.0, 1.0, -1.0], device=device)
+    _, stats = dro_cross_entropy(logits, target, tau, return_stats=True, backend=backend)
+    for name, values in stats._asdict().items():
+        if name != "argmax":
+            assert values[0].isfinite() and values[1:].isnan().all(), (name, values)
+    assert stats.argmax.tolist() == [logits[0].argmax(), -1, -1, -1, -1, -1]
+
+
 @pytest.mark.parametrize("bad", [-1, 7, 2**40])
 @pytest.mark.parametrize("overwrite", [False, True])
 def test_target_out_of_range(backend, overwrite, bad, device):
