@@ -66,3 +66,11 @@ def test_optimal_temperature_divides_exactly_where_kl_needs_it(compiled):
     """1 / tau and the mean: the interpreter's / is exact, a GPU's errs by 2 ulp."""
     kernels = [k for k in compiled if k["op"] == "optimal_temperature"]
     assert kernels and all(k["exact_divisions"] == 2 for k in kernels)
+
+
+def test_tempered_softmax_divides_exactly(compiled):
+    """As the interpreter does. With the 2 ulp of a GPU's / in a, 1 / s, 1 / tau and the mean,
+    results pass the bound that they are tested against."""
+    kernels = [k for k in compiled if k["op"] == "tempered_softmax"]
+    assert kernels and all(k["exact_divisions"] for k in kernels)
+    assert [k["name"] for k in kernels if k["approximate_divisions"]] == []
