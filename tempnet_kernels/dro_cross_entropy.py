@@ -481,8 +481,10 @@ def _storage_to_overwrite(name, logits, reduction):
 
 
 def token_stats(rows, argmax, tau, vocab_size, shape):
-    lse = (rows[M] + rows[LOG2_S]) * math.log(2)
+    # Not M, which a maximum that drops NaN leaves finite, and which is finite of a row of -inf.
+    none = rows[ENTROPY].isnan()
+    lse = torch.where(none, torch.nan, (rows[M] + rows[LOG2_S]) * math.log(2))
     kl = math.log(vocab_size) - rows[ENTROPY]
-    tau = torch.where(rows[M].isnan(), torch.nan, tau.detach())
+    tau = torch.where(none, torch.nan, tau.detach())
     per_row = (lse, rows[ENTROPY], kl, rows[LOG_PROB], argmax, tau)
     return TokenStats(*(value.reshape(shape) for value in per_row))

@@ -153,6 +153,7 @@ def compile_one(target, kernel, constexprs, num_warps, dtype, aligned):
         "exponentials": exponentials or kernel in (token.scale_kernel, linear.moments_kernel),
         "clamped_exponentials": bounded,
         "exact_divisions": len(re.findall(r"div\.rn\.f32", ptx)),
+        "approximate_divisions": len(re.findall(r"(?:div\.(?:full|approx)|rcp\.approx)", ptx)),
         "atomics": bool(re.search(r"^\s*(?:@\S+\s+)?(?:atom|red)\.", ptx, re.M)),
     }
 

@@ -16,14 +16,14 @@ import pytest
 
 pytest.importorskip("triton", reason="triton is not installed: pip install triton")
 
-CODE = Path(__file__).with_name("compile_triton.py")
 ARCHITECTURES = (80, 90)
 
 
-def compile_kernels(architecture):
+def compile_kernels(architecture, program="compile_triton.py"):
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    code = Path(__file__).with_name(program)
     result = subprocess.run(
-        [sys.executable, CODE, str(architecture)], capture_output=True, text=True, env=env
+        [sys.executable, code, str(architecture)], capture_output=True, text=True, env=env
     )
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
@@ -66,3 +66,17 @@ def test_optimal_temperature_divides_exactly_where_kl_needs_it(compiled):
     """1 / tau and the mean: the interpreter's / is exact, a GPU's errs by 2 ulp."""
     kernels = [k for k in compiled if k["op"] == "optimal_temperature"]
     assert kernels and all(k["exact_divisions"] == 2 for k in kernels)
+
+
+def test_tempered_softmax_divides_exactly(compiled):
+    """As the interpreter does. With the 2 ulp of a GPU's / in a, 1 / s, 1 / tau and the mean,
+    results pass the bound that they are tested against."""
+    kernels = [k for k in compiled if k["op"] == "tempered_softmax"]
+    assert kernels and all(k["exact_divisions"] for k in kernels)
+    assert [k["name"] for k in kernels if k["approximate_divisions"]] == []
+
+
+def test_launches_with_odd_arguments_compile():
+    """What the interpreter takes and the compiler may not: an integer that is 1, so a constant, one
+    of 64 bits, an expanded or missing tensor; and no grid is empty."""
+    assert compile_kernels(90, "launch_triton.py") > 100

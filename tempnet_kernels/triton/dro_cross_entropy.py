@@ -92,6 +92,8 @@ def _store_ignored(loss_ptr, rows_ptr, argmax_ptr, grad_ptr, i, n, v, WANT_GRAD:
 def _gradient(e, columns, y, z_y, a, m, inverse_s, c, scale, v, label_smoothing):
     """scale * (c p - q) with p = e / s; the target's column in fp32, since p_y - 1 cancels."""
     p_y = tl.exp2(centred(z_y, a, m)) * inverse_s
+    # Of one column exactly, however a GPU rounds the exponential and its inverse; NaN stays.
+    p_y = tl.where((v == 1) & (p_y > 0), 1.0, p_y)
     grad_y = scale * ((c * p_y - 1) + label_smoothing * (1 - 1 / v))
     grad = e * (scale * c * inverse_s) - scale * label_smoothing / v
     grad = tl.where(columns == y, grad_y, grad)

@@ -32,10 +32,14 @@ def config(v, direction):
 
 @triton.jit
 def _factors(tau_ptr, tau_stride, i):
-    """(tau, log2(e) / tau): NaN for a bad temperature, and so is everything of the row."""
+    """(tau, log2(e) / tau): NaN for a bad temperature, and so is everything of the row.
+
+    The divisions of a row's numbers are exact: a GPU's / errs by 2 ulp, and all of them together by
+    more than the bound of the results.
+    """
     tau = tl.load(tau_ptr + i * tau_stride)
     tau = tl.where((tau > 0) & (tau < float("inf")), tau, float("nan"))
-    return tau, LOG2E / tau
+    return tau, tl.div_rn(LOG2E, tau)
 
 
 @triton.jit
@@ -47,7 +51,7 @@ def _load(row_ptr, columns, v, OTHER: tl.constexpr, POLICY: tl.constexpr):
 @triton.jit
 def _store_output(out_ptr, columns, v, z, zmax, a, tau, s, LOG: tl.constexpr):
     d = z - zmax
-    out = d * (1 / tau) - LN2 * tl.log2(s) if LOG else tl.exp2(d * a) * (1 / s)
+    out = d * tl.div_rn(1.0, tau) - LN2 * tl.log2(s) if LOG else tl.exp2(d * a) * tl.div_rn(1.0, s)
     tl.store(out_ptr + columns, out.to(out_ptr.dtype.element_ty), mask=columns < v)
 
 
@@ -67,7 +71,7 @@ def forward_kernel(
         u = (z - zmax) * a
         e = tl.exp2(u)
         s = tl.sum(e, 0)
-        mean = tl.sum(weighted_exponent(e, u), 0) / s / a
+        mean = tl.div_rn(tl.div_rn(tl.sum(weighted_exponent(e, u), 0), s), a)
         _store_output(out_ptr, columns, v, z, zmax, a, tau, s, LOG)
     else:
         LANES: tl.constexpr = BLOCK // LANE
@@ -88,8 +92,8 @@ def forward_kernel(
         zmax = tl.max(zmax, 0)
         # Relative to the largest logit itself and not to the rounded m.
         delta = centred(zmax, a, m)
-        mean = (sx / s - delta) / a
-        s /= tl.exp2(delta)
+        mean = tl.div_rn(tl.div_rn(sx, s) - delta, a)
+        s = tl.div_rn(s, tl.exp2(delta))
         for start in range(0, v, BLOCK):
             columns = start + tl.arange(0, BLOCK)
             z = _load(logits_ptr, columns, v, 0.0, "evict_first")
@@ -112,7 +116,7 @@ def _weighted_upstream(z, g, zmax, a, LOG: tl.constexpr):
 @triton.jit
 def _coefficients(z, g, zmax, a, s, total, LOG: tl.constexpr):
     """c_j, which over tau is the logit's gradient."""
-    p = tl.exp2((z - zmax) * a) * (1 / s)
+    p = tl.exp2((z - zmax) * a) * tl.div_rn(1.0, s)
     if LOG:
         return g - p * total
     else:
@@ -144,11 +148,11 @@ def backward_kernel(
         g = _load(upstream_ptr, columns, v, 0.0, "")
         total = tl.sum(_weighted_upstream(z, g, zmax, a, LOG), 0)
         if not LOG:
-            total /= s
+            total = tl.div_rn(total, s)
         c = _coefficients(z, g, zmax, a, s, total, LOG)
         covariance = tl.sum(_covariance_terms(c, z, zmax, mean), 0)
         if WANT_GRAD:
-            grad = (c * (1 / tau)).to(grad_ptr.dtype.element_ty)
+            grad = (c * tl.div_rn(1.0, tau)).to(grad_ptr.dtype.element_ty)
             tl.store(grad_ptr + columns, grad, mask=columns < v)
     else:
         sums = tl.zeros([BLOCK], tl.float32)
@@ -158,7 +162,7 @@ def backward_kernel(
             sums += _weighted_upstream(z, g, zmax, a, LOG)
         total = tl.sum(sums, 0)
         if not LOG:
-            total /= s
+            total = tl.div_rn(total, s)
         sums = tl.zeros([BLOCK], tl.float32)
         for start in range(0, v, BLOCK):
             z = _load(logits_ptr, start + columns, v, float("-inf"), "evict_first")
@@ -166,10 +170,10 @@ def backward_kernel(
             c = _coefficients(z, g, zmax, a, s, total, LOG)
             sums += _covariance_terms(c, z, zmax, mean)
             if WANT_GRAD:
-                grad = (c * (1 / tau)).to(grad_ptr.dtype.element_ty)
+                grad = (c * tl.div_rn(1.0, tau)).to(grad_ptr.dtype.element_ty)
                 tl.store(grad_ptr + start + columns, grad, mask=start + columns < v)
         covariance = tl.sum(sums, 0)
-    tl.store(grad_tau_ptr + i, -covariance / tau / tau)
+    tl.store(grad_tau_ptr + i, tl.div_rn(tl.div_rn(-covariance, tau), tau))
 
 
 def tempered_softmax_fwd(logits, tau, log):
