@@ -49,6 +49,8 @@ class Tests(NamedTuple):
         workers = str(min(8, os.cpu_count()))
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", workers, "--dist=worksteal"]
         command += ["-p", "case_lines", "--case-lines", lines]
+        # They import frameworks, which a machine with a GPU need not have.
+        command += ["--ignore-glob=*/test_integration_*", "--continue-on-collection-errors"]
         return command if device == "cuda" else [*command, "tests/test_causal_lm_loss.py"]
 
 
@@ -64,7 +66,7 @@ class Step(NamedTuple):
 OPS = (
     "products",
     "dro_contrastive", "linear_dro_cross_entropy", "tempered_softmax", "optimal_temperature",
-    "vocabulary_parts", "modules", "dro_cross_entropy",
+    "vocabulary_parts", "modules", "dro_cross_entropy", "large",
 )  # fmt: skip
 STEPS = (
     Step("ceilings", 40, 20, (Job("benchmarks/ceilings.py"),)),
@@ -81,12 +83,8 @@ STEPS = (
 
 
 def environment_variables(device):
-    paths = [
-        ROOT,
-        ROOT / "tests",
-        ROOT / "benchmarks",
-        *filter(None, [os.environ.get("PYTHONPATH")]),
-    ]
+    paths = [ROOT, *(ROOT / folder for folder in ("tests", "benchmarks", "scripts"))]
+    paths += filter(None, [os.environ.get("PYTHONPATH")])
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     variables |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
     if device == "cpu":
@@ -108,13 +106,22 @@ class _Lines:
         whole = text[: text.rfind(b"\n") + 1]
         self.offset += len(whole)
         for line in whole.splitlines():
-            case = json.loads(line)
+            try:
+                case = json.loads(line)
+            except ValueError:  # a process was killed while it wrote this
+                continue
             self.began = time.monotonic()
             if case.get("begins"):
                 self.current = case["case"]
             else:
                 self.current = None
                 self.done.append(case)
+
+    def end(self):
+        """No process is writing now: the next one begins a line."""
+        with open(self.path, "a") as file:
+            file.write("\n")
+        self.read()
 
     def give_up(self, status, error):
         """The case that was running takes the blame; without one, what came before the first."""
@@ -140,7 +147,7 @@ def run_job(job, step, device, deadline, directory, log):
             lines.began = time.monotonic()
             ended = _watch(process, lines, step, deadline)
             _kill(process)
-            lines.read()
+            lines.end()
             size = output.seek(0, os.SEEK_END)
             output.seek(max(0, size - LOG_BYTES))
             printed = output.read().decode(errors="replace")
@@ -176,7 +183,8 @@ def _kill(process):
     """With all that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with contextlib.suppress(subprocess.TimeoutExpired):  # the driver may not let it go
+        process.wait(5)
 
 
 def _how(returncode, printed):
@@ -198,7 +206,7 @@ def run(steps, minutes, out, device):
             file.write(f"{title}\n{printed}\n")
 
     summary = {
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "device": device,
         "environment": _environment(device),
         "minutes": minutes,

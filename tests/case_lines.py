@@ -2,6 +2,9 @@
 stopped has said what it did."""
 
 import json
+import os
+
+from cases import LOST_DEVICE, device_is_lost
 
 
 def pytest_addoption(parser):
@@ -9,8 +12,17 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
-    if not hasattr(config, "workerinput"):  # the workers' reports come to the controller
+    if hasattr(config, "workerinput"):
+        config.pluginmanager.register(_Worker())
+    else:  # the workers' reports come here
         config.pluginmanager.register(_Writer(config.getoption("--case-lines")))
+
+
+class _Worker:
+    def pytest_runtest_logreport(self, report):
+        """A worker that a test has lost the GPU of makes place for another."""
+        if report.failed and device_is_lost():
+            os._exit(LOST_DEVICE)
 
 
 class _Writer:

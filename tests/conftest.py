@@ -53,8 +53,12 @@ def device():
 
 
 def native_levels():
-    """The SIMD levels of this processor, highest first."""
-    from tempnet_kernels import _C
+    """The SIMD levels of this processor, highest first; none where ``_C`` is not built, which alone
+    can set one."""
+    try:
+        from tempnet_kernels import _C
+    except ImportError:
+        return []
 
     levels = ("baseline", "avx2", "avx512")
     return levels[: levels.index(_C.cpu_capability()) + 1][::-1]

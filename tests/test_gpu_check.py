@@ -2,6 +2,7 @@
 else with it."""
 
 import json
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -60,6 +61,26 @@ def test_a_case_that_fails_hangs_or_dies_does_not_stop_the_next(tmp_path):
     }  # fmt: skip
     text = (tmp_path / "out/summary.md").read_text()
     assert "| first | 1.5 |" in text and "killed: crashed: signal 9" in text
+
+
+def test_a_line_that_a_killed_process_left_unfinished_is_not_read(tmp_path):
+    path = tmp_path / "lines"
+    path.write_text(
+        '{"case": "a", "status": "ok"}\n{"case": "b", "begins": true}\n{"case": "b", "sta'
+    )
+    lines = gpu_check._Lines(path)
+    lines.read()
+    assert [c["case"] for c in lines.done] == ["a"] and lines.current == "b"
+    lines.end()
+    lines.give_up("crashed", "signal 9")
+    with path.open("a") as file:
+        file.write('{"case": "c", "status": "ok"}\n')
+    lines.read()
+    assert [(c["case"], c["status"]) for c in lines.done] == [
+        ("a", "ok"),
+        ("b", "crashed"),
+        ("c", "ok"),
+    ]
 
 
 def test_limits_hold_and_what_was_done_is_kept(tmp_path):
@@ -142,8 +163,6 @@ def test_a_library_built_before_is_taken_where_it_runs(architectures, capability
 
 def test_a_stopped_run_of_pytest_has_said_what_it_did(tmp_path):
     """Every test is a line as soon as it has ended, from the workers, too."""
-    import subprocess
-
     (tmp_path / "test_some.py").write_text(
         "import pytest\n"
         "def test_passes(): pass\n"

@@ -481,7 +481,45 @@ def product_cases(device):
         yield name, functools.partial(case, dtype, *shape)
 
 
+def large_cases(device):
+    """More than 2^31 logits: the last rows are those of a call on them alone."""
+    n, v, last = (16800, 128256, 3) if device == "cuda" else (40, 300, 3)
+    dtype = torch.bfloat16
+
+    def token(x, backend):
+        z = x["logits"].detach().requires_grad_()
+        t = x["tau"].detach().requires_grad_()
+        loss = dro_cross_entropy(z, x["target"], t, 0.7, reduction="sum", backend=backend)
+        return torch.autograd.grad(loss, (z, t))
+
+    def softmax(x, backend):
+        return (tempered_softmax(x["logits"], x["tau"], backend=backend),)
+
+    def solver(x, backend):
+        return (optimal_temperature(x["logits"], 3.0, 0.05, 9.0, backend=backend),)
+
+    def moments(x, backend):
+        return (_register.operator("row_moments", backend)(x["logits"], True).T,)
+
+    def case(function, backend):
+        x = {
+            "logits": torch.randn(n, v, device=device, dtype=dtype).mul_(3),
+            "target": torch.randint(0, v, (n,), device=device),
+            "tau": 0.5 + torch.rand(n, device=device),
+        }
+        got = [y[-last:].clone() for y in function(x, backend)]
+        alone = function({name: y[-last:].clone() for name, y in x.items()}, backend)
+        for g, a in zip(got, alone, strict=True):  # few rows take another kernel
+            torch.testing.assert_close(g, a, rtol=1e-2 if g.dtype == dtype else 1e-4, atol=1e-5)
+
+    for function in (token, softmax, solver, moments):
+        for backend in BACKENDS[:2]:
+            name = f"more than 2^31 logits, {function.__name__} {backend}"
+            yield name, functools.partial(case, function, backend)
+
+
 CASES = {
+    "large": large_cases,
     "products": product_cases,
     "dro_contrastive": contrastive_cases,
     "linear_dro_cross_entropy": linear_cases,
