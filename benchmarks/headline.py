@@ -1,6 +1,6 @@
 """One size of every operator that says whether the kernels are as fast as they should be: its time,
-its ceiling in the same run, what was predicted (NOTES.md), the official formula and the peers; and
-with ``part`` "profile" where its time goes. The result is checked at that size first.
+its ceiling in the same run and what was predicted (NOTES.md); with the part "others" the official
+formula and the peers; with "profile" where its time goes. The result is checked at that size first.
 
     python scripts/gpu_check.py --only headline profile --out DIR --device cuda
 """
@@ -210,24 +210,37 @@ def predicted(name):
     return next((value for key, value in found.items() if key in gpu), None)
 
 
+def in_turn(variants):
+    """{name: times in ms}, round by round."""
+    times = {name: [] for name in variants}
+    begin = time.monotonic()
+    for _ in range(ROUNDS):
+        for name, function in variants.items():
+            times[name].append(time_ms(function))
+        if time.monotonic() - begin > SECONDS:
+            break
+    return times
+
+
 def measure(name, make):
-    torch.manual_seed(torch.seed())  # fresh data every run
-    torch.compiler.reset()
+    """Ours beside its ceiling."""
     call = make()
     call.check()
-    row = {
-        "ms": None,
-        "x ceiling": None,
-        "predicted x": predicted(name),
-        "measured / predicted": None,
-    }
-    row |= {
-        "ceiling ms": None,
-        "host ms": host_ms(call.ours),
-        "extra MiB": peak_extra_mib(call.ours),
-    }
-    variants = {OURS: call.ours, "ceiling": call.ceiling}
-    failed = {}
+    host, peak = host_ms(call.ours), peak_extra_mib(call.ours)
+    times = in_turn({OURS: call.ours, "ceiling": call.ceiling})
+    ours, ceiling = (median(values) for values in times.values())
+    expected = predicted(name)
+    row = {"ms": ours, "x ceiling": ours / ceiling, "predicted x": expected}
+    row["measured / predicted"] = ours / ceiling / expected if expected else None
+    row |= {"ceiling ms": ceiling, "host ms": host, "extra MiB": peak}
+    return {"row": row, "time_ms": times}
+
+
+def compare(name, make):
+    """Ours beside what does the same, or what a user has instead."""
+    torch.compiler.reset()
+    call = make()
+    variants, failed = {OURS: call.ours}, {}
     for other, function in call.others.items():
         try:
             function()
@@ -237,21 +250,12 @@ def measure(name, make):
         except Exception as error:  # a peer's failure is not ours
             failed[other] = type(error).__name__
             print(f"{name}: {other}: {error}")
-    times = {variant: [] for variant in variants}
-    begin = time.monotonic()
-    for _ in range(ROUNDS):
-        for variant, function in variants.items():
-            times[variant].append(time_ms(function))
-        if time.monotonic() - begin > SECONDS:
-            break
-    medians = {variant: median(values) for variant, values in times.items()}
-    ours, ceiling = medians.pop(OURS), medians.pop("ceiling")
-    row |= {"ms": ours, "x ceiling": ours / ceiling, "ceiling ms": ceiling}
-    if row["predicted x"]:
-        row["measured / predicted"] = row["x ceiling"] / row["predicted x"]
-    theirs = {other: f"{ms / ours:.2f}x" for other, ms in medians.items()} | failed
-    row["others, x ours"] = ", ".join(f"{other} {said}" for other, said in theirs.items())
-    return {"row": row, "time_ms": times}
+    times = in_turn(variants)
+    ours = median(times[OURS])
+    said = {other: f"{median(values) / ours:.2f}x" for other, values in times.items()} | failed
+    said.pop(OURS)
+    theirs = ", ".join(f"{other} {how}" for other, how in said.items())
+    return {"row": {"others, x ours": theirs}, "time_ms": times}
 
 
 # Whose a kernel is, by its name.
@@ -314,6 +318,6 @@ def profile(name, make):
 
 
 def cases(device, part):
-    work = profile if part == "profile" else measure
+    work = {"": measure, "others": compare, "profile": profile}[part]
     for name, make in calls(device).items():
         yield name, functools.partial(work, name, make)

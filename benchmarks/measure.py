@@ -5,6 +5,7 @@ import gc
 import multiprocessing
 import os
 import platform
+import shutil
 import subprocess
 import time
 from concurrent.futures import ProcessPoolExecutor
@@ -107,9 +108,11 @@ def _field(status, name):
 
 def environment():
     """What a result depends on."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
-    ).stdout.strip()
+    commit = ""  # of a copy without its history
+    if shutil.which("git"):
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True
+        ).stdout.strip()
     versions = {"python": platform.python_version(), "torch": torch.__version__}
     if torch.cuda.is_available():
         device = torch.cuda.get_device_name()

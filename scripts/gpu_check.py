@@ -71,10 +71,15 @@ OPS = (
 STEPS = (
     Step("ceilings", 40, 20, (Job("benchmarks/ceilings.py"),)),
     Step("build", 180, 180, (Job("tests/gpu/library.py"),)),
-    Step("smoke", 110, 40, tuple(Job("tests/gpu/smoke.py", op) for op in OPS), together=4),
-    Step("headline", 150, 60, (Job("benchmarks/headline.py"),)),
+    Step("smoke", 130, 50, tuple(Job("tests/gpu/smoke.py", op) for op in OPS), together=8),
+    Step(
+        "headline",
+        180,
+        60,
+        (Job("benchmarks/headline.py"), Job("benchmarks/headline.py", "others")),
+    ),
     Step("profile", 60, 30, (Job("benchmarks/headline.py", "profile"),)),
-    Step("sweep", 90, 30, (Job("benchmarks/sweep.py"),)),
+    Step("sweep", 110, 30, (Job("benchmarks/sweep.py"),)),
     Step("tests", 240, 240, (Tests(),)),
     Step("sanitize", 180, 90, (Job("tests/gpu/sanitize.py"),)),
     Step("training", 120, 60, (Job("tests/gpu/training.py"),)),

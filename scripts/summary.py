@@ -80,7 +80,11 @@ def _bad_cases(step):
 
 
 def _of_cases(step):
-    return {case["case"]: case["row"] for case in step["cases"] if "row" in case}
+    """{case: what it says}; two jobs may say of one case."""
+    rows = {}
+    for case in step["cases"]:
+        rows.setdefault(case["case"], {}).update(case.get("row", {}))
+    return {name: row for name, row in rows.items() if row}
 
 
 def _best(step):
