@@ -22,7 +22,7 @@ ROUNDS = 9 if CUDA else 5
 OURS = "tempnet_kernels"
 LIMIT = "four matrix products"
 PRODUCT_ROWS = 8192
-SHAPES = [(b, 512, torch.float32) for b in (2048, 4096, 8192)]
+SHAPES = [(b, d, torch.float32) for d in (512, 1024) for b in (2048, 4096, 8192)]
 if CUDA:
     SHAPES = [
         *((b, 768, torch.bfloat16) for b in (8192, 16384, 32768, 65536, 131072, 262144)),
