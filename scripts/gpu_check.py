@@ -93,7 +93,7 @@ def environment_variables(device):
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     variables |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}
     if device == "cpu":
-        variables |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1"}
+        variables |= {"CUDA_VISIBLE_DEVICES": "", "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     return variables
 
 
@@ -223,7 +223,7 @@ def run(steps, minutes, out, device):
             deadline = min(started + step.seconds, end)
             cases = []
             if deadline - started > 1:
-                with ThreadPoolExecutor(step.together) as pool:
+                with ThreadPoolExecutor(min(step.together, os.cpu_count())) as pool:
                     jobs = [
                         pool.submit(run_job, job, step, device, deadline, directory, log)
                         for job in step.jobs
