@@ -44,9 +44,7 @@ class KernelLibrary(Extension):
     """A shared library of kernels: compiled by ninja, loaded by torch.ops.load_library."""
 
     def __init__(self, name, sources, compiler, flags, link):
-        super().__init__(
-            f"tempnet_kernels.lib.{name}", sources, depends=sorted(glob("csrc/**/*.h"))
-        )
+        super().__init__(f"tempnet_kernels.lib.{name}", sources)
         self.compiler, self.flags, self.link = compiler, flags, link
 
     def build(self, output, directory):

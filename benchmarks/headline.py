@@ -260,22 +260,9 @@ def compare(name, make):
 
 # Whose a kernel is, by its name.
 PRODUCTS = ("gemm", "nvjet", "cutlass", "cublas", "aten::mm", "aten::addmm")
-OUR_NAMES = (
-    "tempnet",
-    "one_pass_kernel",
-    "two_pass_kernel",
-    "stats_kernel",
-    "bwd_kernel",
-    "scale_kernel",
-)
-OUR_NAMES += (
-    "moments_kernel",
-    "merge_kernel",
-    "weights_kernel",
-    "forward_kernel",
-    "backward_kernel",
-)
-OUR_NAMES += ("solve_kernel", "temperature_kernel")
+OUR_NAMES = ("tempnet", "one_pass_kernel", "two_pass_kernel", "stats_kernel", "bwd_kernel")
+OUR_NAMES += ("scale_kernel", "moments_kernel", "merge_kernel", "weights_kernel")
+OUR_NAMES += ("forward_kernel", "backward_kernel", "temperature_kernel")
 
 
 def owner(kernel):

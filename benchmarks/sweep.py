@@ -5,6 +5,7 @@ the linear one, and the Triton kernels' blocks and warps. Each is set, timed and
 """
 
 import functools
+import importlib
 import itertools
 import math
 import sys
@@ -109,7 +110,7 @@ def fold(device):
 
 def triton_module(name):
     """Imported at the first call elsewhere."""
-    return __import__(f"tempnet_kernels.triton.{name}", fromlist=[name])
+    return importlib.import_module(f"tempnet_kernels.triton.{name}")
 
 
 def patches(device, which):

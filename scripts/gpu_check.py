@@ -149,7 +149,7 @@ def run_job(job, step, device, deadline, directory, log):
                 stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
                 start_new_session=True,
             )  # fmt: skip
-            lines.began = time.monotonic()
+            lines.began, before = time.monotonic(), len(lines.done)
             ended = _watch(process, lines, step, deadline)
             _kill(process)
             lines.end()
@@ -161,12 +161,12 @@ def run_job(job, step, device, deadline, directory, log):
             lines.give_up("stopped", "the step's time was over")
         elif ended == "hangs":
             lines.give_up("hangs", f"more than {step.case_seconds:.0f} s")
-        elif lines.current is not None or (process.returncode and not lines.done):
+        elif lines.current is not None or (process.returncode and len(lines.done) == before):
             lines.give_up("crashed", _how(process.returncode, printed))
         elif process.returncode == 0 or isinstance(job, Tests):
             return lines.done
         last = lines.done[-1]["case"]
-        if ended == "limit" or last in ("(no case)", after):
+        if ended == "limit" or last == "(no case)":
             return lines.done
         after = last
 
@@ -199,7 +199,8 @@ def _how(returncode, printed):
 
 
 def run(steps, minutes, out, device):
-    """{"environment", "steps", ...}, as in DIR/summary.json; never raises for what a step does."""
+    """{"environment", "steps", ...}, as in DIR/summary.json; never raises for what a step does.
+    Exits where device "cuda" is asked for and is not there."""
     out.mkdir(parents=True, exist_ok=True)
     begin = time.monotonic()
     end = begin + 60 * minutes
@@ -217,6 +218,9 @@ def run(steps, minutes, out, device):
         "minutes": minutes,
         "steps": [],
     }
+    known = summary["environment"]
+    if device == "cuda" and "torch" in known and "cuda" not in known:
+        sys.exit("gpu_check: torch sees no GPU: use --device cpu")
     with tempfile.TemporaryDirectory() as directory:
         for step in steps:
             started = time.monotonic()

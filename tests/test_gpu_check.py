@@ -83,6 +83,29 @@ def test_a_line_that_a_killed_process_left_unfinished_is_not_read(tmp_path):
     ]
 
 
+def test_a_process_that_cannot_start_again_is_said(tmp_path):
+    """The cases behind the one that died are not lost in silence."""
+    once = f"""
+import os, pathlib
+mark = pathlib.Path({str(tmp_path / "mark")!r})
+if mark.exists():
+    raise ImportError("the driver is gone")
+mark.touch()
+def cases(device, part):
+    yield "dies", os.abort
+    yield "never", dict
+"""
+    found = gpu_check.run([step_of(tmp_path, once)], 1, tmp_path / "out", "cpu")
+    assert statuses(found["steps"][0]) == {"dies": "crashed", "(no case)": "crashed"}
+    assert "the driver is gone" in found["steps"][0]["cases"][1]["error"]
+
+
+def test_a_gpu_that_is_not_there_is_no_silent_cpu(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpu_check, "_environment", lambda device: {"device": "CPU", "torch": "2"})
+    with pytest.raises(SystemExit, match="sees no GPU: use --device cpu"):
+        gpu_check.run([], 1, tmp_path / "out", "cuda")
+
+
 def test_limits_hold_and_what_was_done_is_kept(tmp_path):
     endless = "import time\ndef cases(device, part):\n"
     endless += "    for i in range(1000):\n        yield str(i), lambda: time.sleep(0.5)\n"
