@@ -50,8 +50,8 @@ class Tests(NamedTuple):
         command = [sys.executable, "-m", "pytest", "-m", "gpu", "-n", workers, "--dist=worksteal"]
         command += ["-p", "case_lines", "--case-lines", lines]
         # They import frameworks, which a machine with a GPU need not have.
-        command += ["--ignore-glob=*/test_integration_*", "--continue-on-collection-errors"]
-        return command if device == "cuda" else [*command, "tests/test_causal_lm_loss.py"]
+        command += ["--ignore=tests/integrations", "--continue-on-collection-errors"]
+        return command if device == "cuda" else [*command, "tests/nn/test_causal_lm_loss.py"]
 
 
 class Step(NamedTuple):
@@ -88,7 +88,7 @@ STEPS = (
 
 
 def environment_variables(device):
-    paths = [ROOT, *(ROOT / folder for folder in ("tests", "benchmarks", "scripts"))]
+    paths = [ROOT, *(ROOT / folder for folder in ("tests/support", "benchmarks", "scripts"))]
     paths += filter(None, [os.environ.get("PYTHONPATH")])
     variables = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     variables |= {"PYTHONUNBUFFERED": "1", "TOKENIZERS_PARALLELISM": "false"}

@@ -1,5 +1,5 @@
 // What the kernels use beyond C++: inline PTX, shared memory, launches. Under TEMPNET_EMULATED the
-// same names come from tests/cuda_emulator/, which runs the kernels on a CPU.
+// same names come from tests/emulator/, which runs the kernels on a CPU.
 //
 // Shared memory has one origin, shared_memory(): a __shared__ variable has no counterpart in the
 // other CTAs of a cluster that the emulator could find.

@@ -1,6 +1,6 @@
 // The elementwise half of the contrastive loss on a GPU: a tile of similarities is visited once for
 // the softmax states of its rows and of its columns, and once for the weights of both. No torch:
-// tests/cuda_emulator/ compiles this file with g++ and runs it on a CPU.
+// tests/emulator/ compiles this file with g++ and runs it on a CPU.
 //
 // - stats_kernel: a CTA takes a strip of columns and a chunk of rows, patch after patch. A patch
 //   stays in registers between the maxima and the sums of both directions.

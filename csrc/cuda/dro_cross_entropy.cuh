@@ -1,4 +1,4 @@
-// The token loss on a GPU: the kernels. No torch: tests/cuda_emulator/ compiles this file with g++
+// The token loss on a GPU: the kernels. No torch: tests/emulator/ compiles this file with g++
 // and runs it on a CPU.
 //
 // - row_kernel: a CTA, or on sm_90 a cluster of CTAs, per row. The row stays in registers, packed,

@@ -1,6 +1,6 @@
 // The optimal temperature on a GPU: a CTA per row. Its threads hold the row packed in registers,
 // or, where it is longer, read it again from the L2 cache in every iteration. Nothing waits on the
-// host: a row stops when it is done. No torch: tests/cuda_emulator/ compiles this file with g++ and
+// host: a row stops when it is done. No torch: tests/emulator/ compiles this file with g++ and
 // runs it on a CPU.
 #pragma once
 

@@ -1,4 +1,4 @@
-// The tempered softmax on a GPU: the kernels and their launches. No torch: tests/cuda_emulator/
+// The tempered softmax on a GPU: the kernels and their launches. No torch: tests/emulator/
 // compiles this file with g++ and runs it on a CPU.
 //
 // A CTA, or on sm_90 a cluster of CTAs, per row. Rows of whole vectors that fit stay in registers,

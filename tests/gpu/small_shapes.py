@@ -3,10 +3,10 @@
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+sys.path.insert(0, str(Path(__file__).parents[1] / "support"))
 
 import torch
-from test_dro_cross_entropy import CUDA_SHAPES
+from token_loss import CUDA_SHAPES
 
 from tempnet_kernels import (
     _register,

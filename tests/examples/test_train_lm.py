@@ -9,7 +9,7 @@ import torch
 import typer
 
 pytest.importorskip("tokenizers", reason="the example's packages are not installed")
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import train_lm
 

@@ -239,9 +239,10 @@ def test_string_of_a_client_works_in_a_fresh_server_process(string, tmp_path):
         processor = CustomLogitProcessor.from_str({string!r})
         print(processor(torch.tensor({z.tolist()}), [{{"tempnet": {path!r}}}] * 2).tolist())
     """
+    tests = Path(__file__).parents[1]
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120,
-        env=os.environ | {"PYTHONPATH": f"{Path(__file__).parents[1]}:{Path(__file__).parent}"},
+        env=os.environ | {"PYTHONPATH": f"{tests.parent}:{tests / 'support'}"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     got = torch.tensor(json.loads(done.stdout))

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-PAGE = Path(__file__).parents[1] / "docs/integrations/open_clip.md"
+PAGE = Path(__file__).parents[2] / "docs/integrations/open_clip.md"
 D, SAMPLES = 16, 24
 
 

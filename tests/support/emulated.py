@@ -1,4 +1,4 @@
-"""The CUDA kernels on a CPU: builds tests/cuda_emulator and calls it as the CUDA operators are."""
+"""The CUDA kernels on a CPU: builds tests/emulator and calls it as the CUDA operators are."""
 
 import hashlib
 import importlib.util
@@ -11,15 +11,15 @@ import pybind11
 import torch
 from filelock import FileLock
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FLAGS = ["-std=c++17", "-O2", "-Wall", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
 FLAGS += ["-fvisibility=hidden", "-DTEMPNET_EMULATED"]
 
 
 def load():
     """The compiled emulator; compiled again when a source has changed."""
-    emulator = ROOT / "tests" / "cuda_emulator"
-    sources = sorted([*emulator.iterdir(), *ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.cuh")])
+    emulator = ROOT / "tests" / "emulator"
+    sources = sorted([*emulator.glob("*.h"), *emulator.glob("*.cpp"), *ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.cuh")])
     text = b"".join(path.read_bytes() for path in sources) + " ".join(FLAGS).encode()
     directory = ROOT / "build" / "cuda_emulator"
     directory.mkdir(parents=True, exist_ok=True)

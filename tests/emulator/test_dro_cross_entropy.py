@@ -1,4 +1,4 @@
-"""The CUDA sources, run on a CPU by tests/cuda_emulator/; and the emulator, which
+"""The CUDA sources, run on a CPU by tests/emulator/; and the emulator, which
 must see planted faults."""
 
 import math
@@ -250,6 +250,6 @@ def test_emulator_sees_writes_past_shared_memory(module):
     # Past the page it is a fault, which ends the process.
     code = "import emulated; emulated.load().overrun(2000)"
     result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(emulated.__file__).parent
     )
     assert result.returncode == 86 and "out of bounds" in result.stderr

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc")
 ARCHITECTURES = ("80", "90a")
 SOURCES = (

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "scripts"))
 import gpu_check  # noqa: E402
 import summary  # noqa: E402
@@ -178,8 +178,7 @@ def test_the_headline_has_what_was_predicted_for_a_gpu(monkeypatch):
     ],
 )
 def test_a_library_built_before_is_taken_where_it_runs(architectures, capability, runs):
-    sys.path.insert(0, str(ROOT / "tests"))
-    from gpu.library import runs_on
+    from tests.gpu.library import runs_on
 
     assert runs_on(capability, architectures) is runs
 

@@ -13,7 +13,7 @@ import torch
 import typer
 
 pytest.importorskip("tensorboard", reason="the example's packages are not installed")
-sys.path.insert(0, str(Path(__file__).parents[1] / "examples"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import loop
 import retrieval_data

@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import fake_gpu
 import pytest
@@ -15,8 +14,7 @@ WAITS = [name for name in FUNCTIONS if name.startswith("waits_for")]
 @pytest.fixture(scope="module")
 def found():
     """{case: what was found}, of one process for all."""
-    script = Path(__file__).with_name("fake_gpu.py")
-    done = subprocess.run([sys.executable, script], capture_output=True, text=True, timeout=600)
+    done = subprocess.run([sys.executable, fake_gpu.__file__], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found.keys() == fake_gpu.CASES.keys()

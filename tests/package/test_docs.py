@@ -9,7 +9,7 @@ import pytest
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = sorted((ROOT / "docs/integrations").glob("*.md"))
 SCRIPTS = sorted((ROOT / "examples/integrations").glob("*.py"))
 

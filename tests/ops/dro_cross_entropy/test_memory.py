@@ -30,7 +30,7 @@ print(peak_extra_mib(lambda: run(wide, target, tau)), wide.nbytes / 2**20)
 )
 @pytest.mark.parametrize("overwrite, limit", [(False, 1.01), (True, 0.01)])
 def test_peak_is_one_gradient_or_with_overwrite_logits_nothing(overwrite, limit):
-    benchmarks = str(Path(__file__).parents[1] / "benchmarks")
+    benchmarks = str(Path(__file__).parents[3] / "benchmarks")
     code = CODE.format(benchmarks=benchmarks, overwrite=overwrite)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
@@ -59,7 +59,7 @@ print(peak_extra_mib(lambda: run({b})))
 )
 def test_8192_pairs_take_64_mib_with_their_gradients():
     """The gradients take 32 MiB; the matrix of similarities alone would take 256."""
-    benchmarks = str(Path(__file__).parents[1] / "benchmarks")
+    benchmarks = str(Path(__file__).parents[3] / "benchmarks")
     code = CONTRASTIVE.format(benchmarks=benchmarks, b=8192)
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr

@@ -393,7 +393,7 @@ print(peak_extra_mib(lambda: run(hidden, target)))
     not Path("/proc/self/clear_refs").exists(), reason="needs /proc/self/clear_refs (Linux)"
 )
 def test_peak_is_the_gradients_and_a_chunk():
-    benchmarks = str(Path(__file__).parents[1] / "benchmarks")
+    benchmarks = str(Path(__file__).parents[3] / "benchmarks")
     result = subprocess.run(
         [sys.executable, "-c", MEMORY.format(benchmarks=benchmarks)],
         capture_output=True, text=True, env=os.environ,

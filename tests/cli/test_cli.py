@@ -21,7 +21,7 @@ from tempnet_kernels.nn import (
     save_tempnet,
 )
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/integrations/command_line.md").read_text()
 
 

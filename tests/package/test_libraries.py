@@ -14,7 +14,7 @@ from filelock import FileLock
 
 from tempnet_kernels import _register
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 LIBTORCH = Path(torch.__path__[0]) / "lib" / "libtorch_cpu.so"
 # torch's C shims, the CUDA runtime, and what gcc needs: from libc, libm and libstdc++.
 STABLE = re.compile(r"(aoti_)?torch_|cuda[A-Z]|__cuda|_ITM_|__gmon_start__$|.*@(GLIBC|GCC|CXXABI)")
