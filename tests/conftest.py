@@ -1,6 +1,5 @@
-"""What every test file uses: backends, dtypes, devices; and NaN in memory nobody wrote."""
+"""What every test file uses: devices, processes; and NaN in memory nobody wrote."""
 
-import contextlib
 import os
 
 # Without a GPU the Triton kernels run in the interpreter; it is chosen when triton is imported.
@@ -10,8 +9,13 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+from backends import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# Their asserts say what was compared, as those of a test file do.
+pytest.register_assert_rewrite(
+    "compare", "contrastive", "linear_loss", "open_clip_by_hand", "temperature", "tempered",
+    "tiny_transformers", "token_loss",
+)  # fmt: skip
 
 
 def pytest_collection_modifyitems(items):
@@ -47,21 +51,10 @@ def one_thread():
 
 
 @pytest.fixture
-def device():
-    """The GPU where there is one."""
-    return DEVICE
-
-
-def native_levels():
-    """The SIMD levels of this processor, highest first; none where ``_C`` is not built, which alone
-    can set one."""
-    try:
-        from tempnet_kernels import _C
-    except ImportError:
-        return []
-
-    levels = ("baseline", "avx2", "avx512")
-    return levels[: levels.index(_C.cpu_capability()) + 1][::-1]
+def device(request):
+    """The GPU where there is one; the emulator's tensors are on the CPU."""
+    callspec = getattr(request.node, "callspec", None)
+    return "cpu" if callspec and callspec.params.get("backend") == "emulated" else DEVICE
 
 
 @pytest.fixture
@@ -73,22 +66,6 @@ def simd_level(request):
     _C.set_cpu_capability(request.param)
     yield request.param
     _C.set_cpu_capability(highest)
-
-
-@pytest.fixture(params=["reference", "native", "triton", "emulated"])
-def backend(request, monkeypatch, device):
-    """A backend of the contrastive loss. Where there is a GPU, tensors are made there. "emulated"
-    is native on the CPU with the CUDA kernels in the emulator."""
-    import emulated
-
-    name = request.param
-    if name == "emulated":
-        monkeypatch.setattr(
-            "tempnet_kernels._similarity._op", emulated.ContrastiveOperators(emulated.load())
-        )
-        device, name = "cpu", "native"
-    with torch.device(device) if torch.cuda.is_available() else contextlib.nullcontext():
-        yield name
 
 
 @pytest.fixture(scope="module")

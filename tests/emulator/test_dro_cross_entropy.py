@@ -1,49 +1,19 @@
-"""The CUDA sources, run on a CPU by tests/emulator/; and the emulator, which
-must see planted faults."""
+"""The CUDA kernels of the token loss in the emulator, with launch plans of the test's."""
 
 import math
-import subprocess
 import sys
-from pathlib import Path
 
-import compare
 import emulated
 import pytest
-import test_dro_cross_entropy as token_loss
+import token_loss
 import torch
+from backends import DTYPES
+from emulated import ORDERS, shifted, whole_lines
 
 from tempnet_kernels import dro_cross_entropy
 
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+OP = "dro_cross_entropy"
 VOCABULARIES = [1, 7, 33, 1000, 4096, 32000]
-ORDERS = ["forward", "reversed", "random"]
-
-
-@pytest.fixture(scope="module")
-def module():
-    return emulated.load()
-
-
-@pytest.fixture
-def use(module, monkeypatch):
-    """Make the public function run the emulated kernels, with a launch plan of the test's."""
-
-    def install(order="forward", **plan):
-        operators = emulated.Operators(module, **plan)
-        monkeypatch.setattr(
-            sys.modules["tempnet_kernels.dro_cross_entropy"], "_op", operators, raising=True
-        )
-        module.set_order(order, 1)
-        return operators
-
-    yield install
-    module.set_order("forward", 0)
-
-
-def whole_lines(v, parts, dtype):
-    """Columns of each of so many parts of a row, in whole lines of 128 bytes."""
-    line = 128 // dtype.itemsize
-    return math.ceil(v / parts / line) * line
 
 
 def row_plan(v, dtype, cluster):
@@ -54,15 +24,6 @@ def row_plan(v, dtype, cluster):
     return {
         "kernel": emulated.KERNELS["row"], "cluster": cluster, "threads": threads, "slice": slice_,
     }  # fmt: skip
-
-
-def shifted(logits, columns):
-    """A view of the same numbers with NaN around every row; its rows begin on 16 bytes where
-    ``columns`` is 0."""
-    n, v = logits.shape
-    wide = torch.full((n, -(-v // 8) * 8 + 8), torch.nan, dtype=logits.dtype)
-    wide[:, columns : columns + v] = logits
-    return wide[:, columns : columns + v]
 
 
 @pytest.mark.parametrize("v", VOCABULARIES)
@@ -146,110 +107,3 @@ def test_launch_plan_covers_every_size(module):
                     if plan["name"] == "row":
                         held = plan["threads"] * plan["vectors"] * 16
                         assert held >= plan["slice"] * size
-
-
-@pytest.fixture
-def tile():
-    """The arguments of the operators on a tile of similarities: a part of a larger matrix, with NaN
-    around it, ids and a mask."""
-
-    def build(columns, masked):
-        m, n, row_begin, column_begin, rows = 150, 700, 30, 40, 70
-        similarity = shifted(torch.rand(rows, columns), 0)
-        positive = torch.randperm(n)[:m]
-        positive[row_begin] = column_begin + columns - 1  # in the last column of the tile
-        ids = torch.randint(300, (2, n), dtype=torch.int32) if masked else torch.empty(0, n).int()
-        mask = torch.rand(m, n) < 0.7 if masked else torch.empty(0, n).bool()
-        return m, n, (similarity, row_begin, column_begin), (positive, ids, mask, masked)
-
-    return build
-
-
-@pytest.mark.parametrize("multiprocessors", [1, 132])  # one chunk of rows, and several
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("columns", [520, 601])  # whole groups of columns, and not
-def test_states_of_a_tile_match_the_cpu_in_every_order(
-    module, tile, columns, masked, multiprocessors
-):
-    m, n, place, options = tile(columns, masked)
-    row_a, column_a = 5 + torch.rand(m), 5 + torch.rand(n)
-    begin = torch.rand(5, m), torch.rand(5, n)  # what earlier tiles left
-    operators = emulated.ContrastiveOperators(module, multiprocessors)
-    native = torch.ops.tempnet.similarity_stats_.native
-
-    def run(function, dtype=torch.float32):
-        rows, columns_ = (x.to(dtype, copy=True) for x in begin)
-        wide = place[0].to(dtype), *place[1:]
-        function(rows, columns_, *wide, row_a.to(dtype), column_a.to(dtype), *options)
-        return rows, columns_
-
-    plain, exact = run(native), run(native, torch.float64)
-    results = []
-    for order in ORDERS:
-        module.set_order(order, 1)
-        results.append(run(operators.similarity_stats_))
-    module.set_order("forward", 0)
-    for got, p, e, first in zip(results[0], plain, exact, begin, strict=True):
-        for field in range(5):
-            compare.assert_within_twice_plain(got[field], e[field], p[field], field)
-        assert (got[:3] != first[:3]).sum() > 100  # of the tile's rows, and of its columns
-    for other in results[1:]:
-        assert torch.equal(other[0], results[0][0]) and torch.equal(other[1], results[0][1])
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("columns", [520, 601])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_weights_of_a_tile_match_the_cpu_and_stay_inside(module, tile, dtype, columns, masked):
-    m, n, place, options = tile(columns, masked)
-    parameters = [torch.stack([5 + torch.rand(k), torch.rand(k), torch.rand(k)]) for k in (m, n)]
-    plain, exact = torch.empty(place[0].shape), torch.empty(place[0].shape, dtype=torch.float64)
-    native = torch.ops.tempnet.similarity_weights_.native
-    native(plain, *place, *parameters, *options)
-    native(exact, place[0].double(), *place[1:], *(x.double() for x in parameters), *options)
-    assert exact.max() > 0.1 and (exact == 0).any()
-    got = shifted(torch.full(exact.shape, torch.nan, dtype=dtype), 0)
-    operators = emulated.ContrastiveOperators(module)
-    operators.similarity_weights_(got, *place, *parameters, *options)
-    compare.assert_within_twice_plain(got, exact, plain)
-    assert got._base[:, columns:].isnan().all(), "what lies between the rows was written"
-    if dtype == torch.float32:  # in the similarities' place
-        operators.similarity_weights_(place[0], *place, *parameters, *options)
-        assert torch.equal(place[0], got)
-
-
-@pytest.mark.parametrize("order", ORDERS)
-def test_emulator_sees_a_missing_barrier(module, order):
-    module.set_order(order, 3)
-    right = [float(63 - i) for i in range(64)]
-    assert module.reverse_blocks(False) == right
-    assert module.reverse_blocks(True) != right
-
-
-def test_emulator_sees_a_divergent_barrier(module):
-    assert module.divergent_barrier(False) == [1.0] * 64
-    with pytest.raises(RuntimeError, match="divergent __syncthreads: threads wait at lines"):
-        module.divergent_barrier(True)
-
-
-def test_emulator_sees_a_thread_that_leaves_before_a_barrier(module):
-    assert module.early_exit(False) == [1.0] * 64
-    with pytest.raises(RuntimeError, match="deadlock: 63 threads wait at a __syncthreads, 1 "):
-        module.early_exit(True)
-
-
-def test_emulator_sees_a_bulk_copy_that_is_not_waited_for(module):
-    assert module.copy_through_shared(False) == [float(i) for i in range(64)]
-    assert all(math.isnan(x) for x in module.copy_through_shared(True))
-
-
-def test_emulator_sees_writes_past_shared_memory(module):
-    module.overrun(66)  # 64 floats and the barrier
-    with pytest.raises(RuntimeError, match="out-of-bounds write of shared memory at offset 264"):
-        module.overrun(67)
-    # Past the page it is a fault, which ends the process.
-    code = "import emulated; emulated.load().overrun(2000)"
-    result = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(emulated.__file__).parent
-    )
-    assert result.returncode == 86 and "out of bounds" in result.stderr

@@ -1,32 +1,13 @@
 """The CUDA kernels of the tempered softmax in the emulator, with launch plans of the test's."""
 
-import sys
-
-import emulated
 import pytest
-import test_tempered_softmax as softmax
 import torch
-from test_cuda_emulated import DTYPES, ORDERS, shifted, whole_lines
+from backends import DTYPES
+from emulated import ORDERS, shifted, whole_lines
+from tempered import check, logarithm, make, run
 
+OP = "tempered_softmax"
 VOCABULARIES = [1, 7, 32, 33, 1000, 4096, 20000]
-logarithm = softmax.logarithm
-
-
-@pytest.fixture(scope="module")
-def module():
-    return emulated.load()
-
-
-@pytest.fixture
-def use(module, monkeypatch):
-    def install(order="forward", **plan):
-        operators = emulated.SoftmaxOperators(module, **plan)
-        monkeypatch.setattr(sys.modules["tempnet_kernels.tempered_softmax"], "_op", operators)
-        module.set_order(order, 1)
-        return operators
-
-    yield install
-    module.set_order("forward", 0)
 
 
 def plan_of(v, dtype, cluster, twice, held):
@@ -43,24 +24,24 @@ def plan_of(v, dtype, cluster, twice, held):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_in_registers_and_read_twice_match_the_definition(use, dtype, cluster, v, log):
     # Of few numbers the plain formula's error can be small by luck.
-    logits, tau, upstream = softmax.make((40 if v < 100 else 5, v), dtype)
+    logits, tau, upstream = make((40 if v < 100 else 5, v), dtype)
     use("random", **plan_of(v, dtype, cluster, True, 0))
     for a, b in ((0, 0), (1, 1), (3, 0)):  # on 16 bytes; off; the two streams differ
-        softmax.check("native", log, shifted(logits, a), tau, shifted(upstream, b))
+        check("native", log, shifted(logits, a), tau, shifted(upstream, b))
     if v * dtype.itemsize % 16 == 0:
         operators = use("reversed", **plan_of(v, dtype, cluster, False, 4))
-        softmax.check("native", log, shifted(logits, 0), tau, shifted(upstream, 0))
+        check("native", log, shifted(logits, 0), tau, shifted(upstream, 0))
         assert [plan["twice"] for plan in operators.launched] == [False, False]
 
 
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("twice", [False, True])
 def test_every_thread_order_gives_the_same_bits(use, order, twice):
-    inputs = softmax.make((3, 9000), torch.bfloat16)
+    inputs = make((3, 9000), torch.bfloat16)
     results = []
     for name in ("forward", order):
         use(name, **plan_of(9000, torch.bfloat16, 4, twice, 4))
-        results.append(softmax.run("native", False, *inputs))
+        results.append(run("native", False, *inputs))
     for got, expected in zip(*results, strict=True):
         assert torch.equal(got, expected)
 
@@ -94,7 +75,7 @@ def test_launch_plan_covers_every_size(module, dtype, arch):
 @pytest.mark.parametrize("v", [4096, 4100])  # every vector that a thread holds is the row's, or not
 def test_an_infinite_temperature_is_nan(use, v):
     use()
-    logits, tau, upstream = softmax.make((3, v))
+    logits, tau, upstream = make((3, v))
     tau[1] = torch.inf
-    for result in softmax.run("native", False, logits, tau, upstream):
+    for result in run("native", False, logits, tau, upstream):
         assert result[1].isnan().all() and result[[0, 2]].isfinite().all()

@@ -14,7 +14,9 @@ WAITS = [name for name in FUNCTIONS if name.startswith("waits_for")]
 @pytest.fixture(scope="module")
 def found():
     """{case: what was found}, of one process for all."""
-    done = subprocess.run([sys.executable, fake_gpu.__file__], capture_output=True, text=True, timeout=600)
+    done = subprocess.run(
+        [sys.executable, fake_gpu.__file__], capture_output=True, text=True, timeout=600
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
     assert found.keys() == fake_gpu.CASES.keys()

@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from test_integration_transformers import MODELS, RHO, V, assert_close, llama, network
+from tiny_transformers import MODELS, RHO, V, assert_close, llama, network
 
 from tempnet_kernels.integrations.transformers import TempNetLogitsProcessor, apply_tempnet
 from tempnet_kernels.nn import TempNet

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from datasets import Dataset
-from test_integration_transformers import MODELS, RHO, V, assert_close, batch, llama, network, plain
+from tiny_transformers import MODELS, RHO, V, assert_close, batch, llama, network, plain
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from transformers import Trainer, TrainerCallback, TrainingArguments

@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from test_robust_contrastive_loss import SAMPLES, B, features, make
+from robust_contrastive import SAMPLES, B, features, make
 
 
 def official_gradients(image, text, taus, state, ids, epoch, gamma, rho):

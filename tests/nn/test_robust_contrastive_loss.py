@@ -10,24 +10,12 @@ import contrastive
 import pytest
 import torch
 import torch.nn.functional as F
+from robust_contrastive import SAMPLES, B, D, features, make
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
 from torch.utils.checkpoint import checkpoint
 
 from tempnet_kernels import dro_contrastive
-from tempnet_kernels.nn import ContrastiveTempNet, RobustContrastiveLoss
-
-B, D, SAMPLES = 12, 16, 40
-
-
-def features(b=B):
-    return contrastive.features(b, D)
-
-
-def make(method="tempnet", samples=SAMPLES, **options):
-    if method == "tempnet":
-        for i, side in enumerate(("image", "text")):
-            options.setdefault(f"{side}_temp_gen", ContrastiveTempNet(D, num_prototypes=8, seed=i))
-    return RobustContrastiveLoss(samples, method=method, **options)
+from tempnet_kernels.nn import RobustContrastiveLoss
 
 
 @pytest.mark.parametrize("method", ["sogclr", "isogclr", "tempnet"])

@@ -1,7 +1,10 @@
 """The CUDA kernels on a CPU: builds tests/emulator and calls it as the CUDA operators are."""
 
+import functools
 import hashlib
+import importlib
 import importlib.util
+import math
 import os
 import subprocess
 import sysconfig
@@ -14,12 +17,21 @@ from filelock import FileLock
 ROOT = Path(__file__).parents[2]
 FLAGS = ["-std=c++17", "-O2", "-Wall", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
 FLAGS += ["-fvisibility=hidden", "-DTEMPNET_EMULATED"]
+ORDERS = ["forward", "reversed", "random"]
 
 
+@functools.cache
 def load():
     """The compiled emulator; compiled again when a source has changed."""
     emulator = ROOT / "tests" / "emulator"
-    sources = sorted([*emulator.glob("*.h"), *emulator.glob("*.cpp"), *ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*.cuh")])
+    sources = sorted(
+        [
+            *emulator.glob("*.h"),
+            *emulator.glob("*.cpp"),
+            *ROOT.glob("csrc/*.h"),
+            *ROOT.glob("csrc/cuda/*.cuh"),
+        ]
+    )
     text = b"".join(path.read_bytes() for path in sources) + " ".join(FLAGS).encode()
     directory = ROOT / "build" / "cuda_emulator"
     directory.mkdir(parents=True, exist_ok=True)
@@ -264,5 +276,38 @@ class TemperatureOperators:
         return tau, kl, iterations
 
 
+# {op: (the module that calls its operators, what stands for them)}
+OPERATORS = {
+    "dro_cross_entropy": ("tempnet_kernels.dro_cross_entropy", Operators),
+    "linear_dro_cross_entropy": ("tempnet_kernels._linear", Operators),
+    "dro_contrastive": ("tempnet_kernels._similarity", ContrastiveOperators),
+    "tempered_softmax": ("tempnet_kernels.tempered_softmax", SoftmaxOperators),
+    "optimal_temperature": ("tempnet_kernels.optimal_temperature", TemperatureOperators),
+}
+
+
+def install(monkeypatch, op, **plan):
+    """Let the backends of ``op`` be its CUDA kernels in the emulator."""
+    name, operators = OPERATORS[op]
+    operators = operators(load(), **plan)
+    monkeypatch.setattr(importlib.import_module(name), "_op", operators)
+    return operators
+
+
 def _name(tensor):
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def whole_lines(v, parts, dtype):
+    """Columns of each of so many parts of a row, in whole lines of 128 bytes."""
+    line = 128 // dtype.itemsize
+    return math.ceil(v / parts / line) * line
+
+
+def shifted(logits, columns):
+    """A view of the same numbers with NaN around every row; its rows begin on 16 bytes where
+    ``columns`` is 0."""
+    n, v = logits.shape
+    wide = torch.full((n, -(-v // 8) * 8 + 8), torch.nan, dtype=logits.dtype)
+    wide[:, columns : columns + v] = logits
+    return wide[:, columns : columns + v]

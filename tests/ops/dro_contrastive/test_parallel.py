@@ -1,12 +1,12 @@
 """The contrastive loss on several gloo processes against one process and the definition."""
 
-import os
 from unittest import mock
 
 import contrastive
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import CPU_BACKENDS
 from compare import counted_flops
 from processes import EVEN, UNEVEN, error_of
 
@@ -14,8 +14,6 @@ from tempnet_kernels import ContrastiveStats, _similarity, dro_contrastive
 from tempnet_kernels.nn import RobustContrastiveLoss
 
 D = 16
-# On CPU tensors, where Triton runs in its interpreter only.
-BACKENDS = ["reference", "native"] + ["triton"] * (os.environ.get("TRITON_INTERPRET") == "1")
 
 
 def by_rank(sizes, **arguments):
@@ -79,7 +77,7 @@ def check(
     return ContrastiveStats(*stats)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize(
     "sizes", [*EVEN.values(), *UNEVEN.values()], ids=lambda sizes: "-".join(map(str, sizes))
 )
@@ -98,7 +96,7 @@ def test_16_bit_features(gloo, dtype, sizes):
     check(gloo, contrastive.make(48, dtype=dtype), sizes, "native")
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("sizes", [EVEN[4], UNEVEN[4]], ids=["even", "uneven"])
 def test_ids_and_masks_reach_across_the_ranks(gloo, backend, sizes):
     image_ids, text_ids = torch.arange(48) % 31, torch.arange(48) // 2 + 10**12

@@ -3,10 +3,10 @@
 import math
 import sys
 
-import conftest
 import pytest
 import torch
 import torch.nn.functional as F
+from backends import native_levels
 from contrastive import NAMES, RHO, check, leaves, make, states
 
 from tempnet_kernels import _similarity, dro_contrastive
@@ -40,7 +40,7 @@ def test_tiles_match_the_definition_with_and_without_kept_similarities(
     check(make(m, n=n), backend, gamma=0.8, log_s=states(m), positive=positive)
 
 
-@pytest.mark.parametrize("simd_level", conftest.native_levels(), indirect=True)
+@pytest.mark.parametrize("simd_level", native_levels(), indirect=True)
 def test_every_simd_level_matches_the_definition(simd_level):
     check(make(519), "native", gamma=0.8, log_s=states(519))
 

@@ -3,33 +3,19 @@ definition."""
 
 import copy
 import math
-import os
 from unittest import mock
 
 import compare
 import pytest
 import torch
+from backends import CPU_BACKENDS, DTYPES
 from processes import error_of
+from vocabulary import RHO, make
 
 from tempnet_kernels import _ranks, _vocabulary, dro_cross_entropy
 from tempnet_kernels.nn import DROCrossEntropyLoss, TempNet, TempNetCrossEntropyLoss
 
-# On CPU tensors, where Triton runs in its interpreter only.
-BACKENDS = ["reference", "native"] + ["triton"] * (os.environ.get("TRITON_INTERPRET") == "1")
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-RHO = 0.7
 INF = math.inf
-
-
-def make(n=7, v=44, dtype=torch.float32, spread=3.0):
-    """(logits, target, tau, row_weight): the targets are on all of four ranks, and one is
-    ignored."""
-    logits = (torch.randn(n, v) * spread).to(dtype)
-    target = torch.arange(n) * v // n
-    if n > 2:
-        target[1] = -100
-    acc = torch.float64 if dtype == torch.float64 else torch.float32
-    return logits, target, torch.rand(n, dtype=acc) + 0.5, torch.rand(n, dtype=acc) + 0.2
 
 
 def own_columns(x, group):
@@ -117,7 +103,7 @@ def check(gloo, world_size, tensors, padded=False, **options):
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_ranks_are_one_process_with_all_columns(gloo, backend, world_size, dtype, reduction):
     tensors = make(dtype=dtype)
     p = torch.softmax(tensors[0].double() / tensors[2].double()[:, None], 1)
@@ -131,7 +117,7 @@ def test_ranks_are_one_process_with_all_columns(gloo, backend, world_size, dtype
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_the_gradient_in_place_of_the_logits(gloo, backend, dtype):
     """Also: rows longer than the columns, and a normalizer."""
     tensors = make(dtype=dtype)
@@ -156,7 +142,7 @@ def test_float64_is_as_close_as_one_process(gloo, backend, overwrite):
         compare.assert_within_twice_plain(g, e, p)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_rows_of_several_dimensions_and_blocks(gloo, backend):
     logits, target, tau, weight = make(6, 4 * 4500, torch.bfloat16)
     shape = (2, 3)
@@ -164,7 +150,7 @@ def test_rows_of_several_dimensions_and_blocks(gloo, backend):
     check(gloo, 4, tensors, backend=backend, reduction="none", label_smoothing=0.1)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_offset_logits_and_small_temperatures_are_as_close_as_one_process(gloo, backend):
     """The plain formula has lost these digits; a merge that cancels would, too."""
     logits, target, tau, _ = make(5, 2000, spread=0.1)
@@ -241,7 +227,7 @@ def odd(group, logits, target, tau, options):
     return loss, *rest
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_columns_of_a_rank_that_are_all_minus_inf(gloo, backend):
     tensors = make()
     logits = tensors[0]
@@ -258,7 +244,7 @@ def test_columns_of_a_rank_that_are_all_minus_inf(gloo, backend):
         assert stats.argmax[4] == -1 and (stats.argmax[[0, 2, 3, 5, 6]] >= 0).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_minus_inf_target_or_smoothed_column_gives_inf_loss(gloo, backend):
     logits, target, tau, _ = make()
     logits[0, target[0]] = -INF
@@ -272,7 +258,7 @@ def test_minus_inf_target_or_smoothed_column_gives_inf_loss(gloo, backend):
 
 @pytest.mark.parametrize("value", [math.nan, INF])
 @pytest.mark.parametrize("column", [0, 21, 43])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_nan_or_inf_on_one_rank_reaches_its_row_on_all(gloo, backend, column, value):
     logits, target, tau, _ = make()
     clean = gloo.run(4, odd, logits, target, tau, {"backend": backend})
@@ -288,7 +274,7 @@ def test_nan_or_inf_on_one_rank_reaches_its_row_on_all(gloo, backend, column, va
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_ignored_rows_are_not_read_and_weight_zero_is_zero(gloo, backend, overwrite):
     logits, target, tau, weight = make()
     logits[1], tau[1], weight[1] = math.nan, -1.0, math.nan
@@ -301,7 +287,7 @@ def test_ignored_rows_are_not_read_and_weight_zero_is_zero(gloo, backend, overwr
         assert stats.argmax[1] == -1 and stats.lse[1].isnan()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_every_row_ignored_or_no_rows(gloo, backend):
     logits, _, tau, _ = make(3)
     for rows in (3, 0):
@@ -311,7 +297,7 @@ def test_every_row_ignored_or_no_rows(gloo, backend):
             assert grad.shape == (rows, 22)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_bad_temperature(gloo, backend):
     logits, target, tau, _ = make()
     tau[2], tau[3], tau[5] = 0.0, math.nan, math.inf
@@ -338,7 +324,7 @@ def raises(group, columns, target, options):
 
 
 @pytest.mark.parametrize("overwrite", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 @pytest.mark.parametrize("bad", [-1, 40, 2**40])
 def test_bad_target_raises_on_every_rank(gloo, bad, backend, overwrite):
     target = torch.tensor([0, -100, 39, bad, bad])
@@ -351,7 +337,7 @@ def test_bad_target_raises_on_every_rank(gloo, bad, backend, overwrite):
         assert untouched, "nothing is written before the check"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_unlike_numbers_of_columns_raise_on_every_rank(gloo, backend):
     for n in (3, 0):
         target = torch.zeros(n, dtype=torch.int64)

@@ -7,14 +7,13 @@ import sys
 import compare
 import pytest
 import torch
+from backends import BACKENDS
 from torch.utils.checkpoint import checkpoint
 
 import tempnet_kernels
 from tempnet_kernels import _register, dro_cross_entropy
 
 dro_cross_entropy_module = sys.modules["tempnet_kernels.dro_cross_entropy"]
-
-BACKENDS = ["reference", "native", "triton"]
 
 
 def make(device, n=6, v=40, dtype=torch.float32):

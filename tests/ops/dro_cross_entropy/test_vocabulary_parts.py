@@ -6,8 +6,9 @@ import math
 import compare
 import emulated
 import pytest
-import test_vocabulary_parallel as parallel
 import torch
+from backends import CPU_BACKENDS, DTYPES
+from vocabulary import RHO, make
 
 from tempnet_kernels import _register, _vocabulary
 
@@ -21,7 +22,7 @@ def emulator():
     module.set_order("forward", 0)
 
 
-@pytest.fixture(params=[*parallel.BACKENDS, "emulated slices", "emulated rows"])
+@pytest.fixture(params=[*CPU_BACKENDS, "emulated slices", "emulated rows"])
 def op(request):
     """name -> operator of the backend. "emulated": the CUDA kernels, with rows in slices, as where
     they are few, or whole."""
@@ -34,20 +35,20 @@ def op(request):
 
 @pytest.mark.parametrize("label_smoothing, want_argmax", [(0.0, False), (0.0, True), (0.1, True)])
 @pytest.mark.parametrize("v", [4, 132, 36004])
-@pytest.mark.parametrize("dtype", parallel.DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_merged_parts_are_the_fused_result(op, dtype, v, label_smoothing, want_argmax):
     """And the gradient of a part is the part of the gradient, in place and not, at any alignment,
     for int32 targets."""
-    logits, target, tau, scale = parallel.make(3, v, dtype)
+    logits, target, tau, scale = make(3, v, dtype)
     options = -100, label_smoothing, 1e-2
     fused = _register.operator("dro_cross_entropy_fwd", "reference")
-    plain = fused(logits.float(), target, tau, scale, parallel.RHO, *options, True, want_argmax)
+    plain = fused(logits.float(), target, tau, scale, RHO, *options, True, want_argmax)
     exact = fused(
         logits.double(),
         target,
         tau.double(),
         scale.double(),
-        parallel.RHO,
+        RHO,
         *options,
         True,
         want_argmax,
@@ -67,7 +68,7 @@ def test_merged_parts_are_the_fused_result(op, dtype, v, label_smoothing, want_a
             target,
             tau,
             scale,
-            parallel.RHO,
+            RHO,
             *options,
             v,
         )
@@ -99,7 +100,7 @@ def lse_first(rows):
 def test_targets_of_parts_on_a_gpu_are_nan_where_they_are_of_none(emulator):
     """No out-of-bounds read: the emulator would see it."""
     operators = emulated.Operators(emulator)
-    logits, target, tau, scale = parallel.make(5, 40)
+    logits, target, tau, scale = make(5, 40)
     target[2], target[3] = 80, 2**40
     parts, argmax = operators.dro_cross_entropy_stats(logits, target, tau, -100, 40, 80, True, True)
     assert parts.isnan().all(0).tolist() == [False, True, True, True, False]

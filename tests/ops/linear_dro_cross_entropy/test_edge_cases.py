@@ -16,13 +16,7 @@ from torch.utils.checkpoint import checkpoint
 from tempnet_kernels import _linear, dro_cross_entropy, linear_dro_cross_entropy
 from tempnet_kernels.nn import TempNet
 
-BACKENDS = ["reference", "native", "triton"]
 linear_module = sys.modules["tempnet_kernels.linear_dro_cross_entropy"]
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request):
-    return request.param
 
 
 def make(device, n=6, v=40, d=8, dtype=torch.float32):

@@ -2,21 +2,19 @@
 a sharded first layer, against one process."""
 
 import copy
-import os
 import sys
 from unittest import mock
 
 import pytest
 import torch
+from backends import CPU_BACKENDS
 from compare import assert_within_twice_plain
+from linear_loss import RHO, gradients, layer, network, plain
 from processes import error_of
-from test_linear_dro_cross_entropy import RHO, gradients, layer, network, plain
 
 from tempnet_kernels import _ranks, linear_dro_cross_entropy
 from tempnet_kernels.nn import TempNet, TempNetCausalLMLoss, TempNetCrossEntropyLoss
 
-# On CPU tensors, where Triton runs in its interpreter only.
-BACKENDS = ["reference", "native"] + ["triton"] * (os.environ.get("TRITON_INTERPRET") == "1")
 V = 120
 linear = sys.modules["tempnet_kernels.linear_dro_cross_entropy"]
 
@@ -63,7 +61,7 @@ def joined(results):
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("tau", ["given", "folded", "direct"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
 def test_ranks_are_one_process_with_all_columns(gloo, backend, tau, world_size):
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         *tensors, target = layer(19, V, 24, dtype)

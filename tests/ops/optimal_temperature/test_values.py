@@ -1,116 +1,21 @@
 """The optimal temperature: kl(tau) = rho in float64, on every backend, for every kind of row."""
 
 import math
-import sys
 
 import compare
 import pytest
 import torch
-from conftest import native_levels
+from backends import DTYPES, native_levels
+from temperature import HIGH, INF, LOW, check, kinds, kl_at, variance
 
 from tempnet_kernels import dro_cross_entropy, optimal_temperature
 
-BACKENDS = ["reference", "native", "triton", "emulated"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [
     (2, 2),
     (3, 33),  # ragged tile
     (2, 1000),
     (2, 9001),  # several blocks, ragged
 ]
-LOW, HIGH = 1e-3, 1e3
-INF = math.inf
-
-
-@pytest.fixture(scope="module")
-def emulator():
-    import emulated
-
-    return emulated
-
-
-@pytest.fixture
-def emulate(emulator, monkeypatch):
-    """Make the native backend the emulated kernels."""
-
-    def install(**options):
-        operators = emulator.TemperatureOperators(emulator.load(), **options)
-        monkeypatch.setattr(sys.modules["tempnet_kernels.optimal_temperature"], "_op", operators)
-
-    return install
-
-
-@pytest.fixture(params=BACKENDS)
-def backend(request, emulate):
-    """ "emulated" is native on the CPU with the CUDA kernels in the emulator."""
-    if request.param != "emulated":
-        return request.param
-    emulate()
-    return "native"
-
-
-@pytest.fixture
-def device(request, device):
-    """The emulator works on the CPU."""
-    callspec = getattr(request.node, "callspec", None)
-    return "cpu" if callspec and callspec.params.get("backend") == "emulated" else device
-
-
-def kinds(n, v, device="cpu"):
-    """{kind of row: logits [n, v]}"""
-    z = torch.randn(n, v, device=device)
-    first = torch.arange(v, device=device)
-    stairs = 0.01 * (first > 0) + (first >= v // 40) + 99.0 * (first >= v // 2)
-    peaked = z * 0.5
-    peaked[:, v // 2] += 30
-    masked = z * 3
-    masked[:, ::3] = -INF
-    return {
-        "normal": z * 3,
-        "small": z * 1e-3,
-        "large": z * 1e3,
-        "offset": z * 3 + 1e4,
-        "peaked": peaked,
-        "zipf": (-2 * torch.log(first + 1.0)).expand(n, v),
-        "cauchy": torch.tan(math.pi * 0.498 * (2 * torch.rand(n, v, device=device) - 1)),
-        "ties": torch.where(first < max(1, v // 50), 0.0, -1.0).expand(n, v),
-        "stairs": (-stairs).expand(n, v),
-        "masked": masked,
-    }  # fmt: skip
-
-
-def variance(logits, tau):
-    """-d kl / d log tau: the variance of z / tau under softmax(z / tau), in float64."""
-    x = logits.double() / tau.double()[:, None]
-    p = torch.softmax(x, 1)
-    x = torch.where(p > 0, x, 0)
-    return (p * (x - (p * x).sum(1, keepdim=True)) ** 2).sum(1)
-
-
-def kl_at(logits, tau):
-    return compare.statistics(logits, torch.as_tensor(tau).expand(logits.shape[0]))[2]
-
-
-def check(logits, rho, backend, low=LOW, high=HIGH):
-    """(number of rows that are not clipped, most iterations)"""
-    tau, stats = optimal_temperature(logits, rho, low, high, return_stats=True, backend=backend)
-    double = logits.dtype == torch.float64
-    tolerance = 1e-11 if double else 1e-5
-    assert tau.dtype == stats.kl.dtype == (torch.float64 if double else torch.float32)
-    assert stats.iterations.dtype == torch.int32
-    assert (stats.iterations >= 1).all() and (stats.iterations <= 30).all()
-    kl = kl_at(logits, tau)
-    ends = tau.new_tensor([low, high])
-    assert ((tau >= ends[0]) & (tau <= ends[1])).all()
-    at_low, at_high = tau == ends[0], tau == ends[1]
-    error = kl - rho
-    error = torch.where(at_low, error.clamp(min=0), torch.where(at_high, error.clamp(max=0), error))
-    assert error.abs().max() <= tolerance, error
-    assert (stats.kl.double() - kl).abs().max() <= tolerance
-    # No row is clipped whose root lies inside.
-    assert (at_low <= (kl_at(logits, low) <= rho + tolerance)).all()
-    assert (at_high <= (kl_at(logits, high) >= rho - tolerance)).all()
-    return (~at_low & ~at_high).sum().item(), stats.iterations.max().item()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -137,23 +42,6 @@ def test_kl_is_rho_in_long_rows(name, dtype, v):
     assert inside > 20
 
 
-@pytest.mark.parametrize("hold", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("v", [33, 4099, 10007])
-def test_emulated_kernels_meet_rho_on_any_alignment(emulate, v, dtype, hold):
-    """A row in registers and one that is read again, on 16 bytes and off them."""
-    emulate(hold=hold)
-    inside = 0
-    for kind in ("normal", "peaked", "stairs", "masked"):
-        logits = kinds(2, v)[kind].to(dtype)
-        wide = torch.full((2, v // 8 * 8 + 16), math.nan, dtype=dtype)
-        for first in (0, 1, 7):
-            wide[:] = math.nan
-            wide[:, first : first + v] = logits
-            inside += check(wide[:, first : first + v], 0.5 * math.log(v), "native")[0]
-    assert inside >= 18
-
-
 @pytest.mark.parametrize("backend", ["triton", "emulated"], indirect=True)
 def test_kernels_meet_rho_in_long_rows(backend, device):
     """128256 bfloat16 columns are more than 1024 threads hold in registers."""
@@ -161,19 +49,6 @@ def test_kernels_meet_rho_in_long_rows(backend, device):
     for kind in ("normal", "large", "zipf", "stairs"):
         inside, iterations = check(rows[kind].bfloat16(), 8.0, backend)
         assert (inside, iterations <= 12) == (2, True), kind
-
-
-@pytest.mark.parametrize("hold", [True, False])
-def test_every_thread_order_gives_the_same_bits(emulate, emulator, hold):
-    emulate(hold=hold)
-    logits = torch.randn(2, 9000).bfloat16() * 3
-    results = []
-    for order in ("forward", "reversed", "random"):
-        emulator.load().set_order(order, 1)
-        results.append(optimal_temperature(logits, 4.0, 0.1, 9, return_stats=True))
-    emulator.load().set_order("forward", 0)
-    for tau, stats in results[1:]:
-        assert torch.equal(tau, results[0][0]) and torch.equal(stats.kl, results[0][1].kl)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

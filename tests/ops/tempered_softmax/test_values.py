@@ -4,17 +4,15 @@ in float64, odd input, and what PyTorch must be able to do with the ops."""
 import math
 import sys
 
-import emulated
 import pytest
 import torch
+from backends import BACKENDS, DEVICE, DTYPES, native_levels
 from compare import assert_graph_replays, assert_within_twice_plain
-from conftest import DEVICE, native_levels
+from tempered import FUNCTIONS, check, expected, logarithm, make, run
 from torch.utils.checkpoint import checkpoint
 
 from tempnet_kernels import _register, tempered_log_softmax, tempered_softmax
 
-BACKENDS = ["reference", "native", "triton"]
-DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SHAPES = [
     (1, 1),  # one column
     (30, 7),
@@ -23,65 +21,9 @@ SHAPES = [
     (5, 4097),  # one column past a block
     (5, 9001),  # several blocks, ragged
 ]
-FUNCTIONS = {False: tempered_softmax, True: tempered_log_softmax}
 NAN, INF = math.nan, math.inf
 
-logarithm = pytest.mark.parametrize("log", [False, True], ids=["softmax", "log_softmax"])
 registered = pytest.mark.parametrize("name", BACKENDS)
-
-
-@pytest.fixture(params=[*BACKENDS, "emulated"])
-def backend(request, monkeypatch):
-    """ "emulated" is native on the CPU with the CUDA kernels in the emulator."""
-    if request.param != "emulated":
-        return request.param
-    operators = emulated.SoftmaxOperators(emulated.load())
-    monkeypatch.setattr(sys.modules["tempnet_kernels.tempered_softmax"], "_op", operators)
-    return "native"
-
-
-@pytest.fixture
-def device(request):
-    """Where the backend's tensors are."""
-    callspec = request.node.callspec.params
-    return "cpu" if callspec.get("backend") == "emulated" else DEVICE
-
-
-def make(shape, dtype=torch.float32, device="cpu", spread=3.0):
-    """(logits, tau, upstream gradient)"""
-    n, v = shape
-    logits = (torch.randn(n, v, device=device) * spread).to(dtype)
-    upstream = torch.randn(n, v, device=device).to(dtype)
-    return logits, torch.rand(n, device=device) + 0.5, upstream
-
-
-def run(backend, log, logits, tau, upstream):
-    """(output, d / d logits, d / d tau) through autograd."""
-    z = logits.detach().requires_grad_()
-    t = tau.detach().clone().requires_grad_()
-    output = FUNCTIONS[log](z, t, backend=backend)
-    return output.detach(), *torch.autograd.grad(output, (z, t), upstream)
-
-
-def expected(log, logits, tau, upstream, dtype):
-    """The formula through autograd in ``dtype``; what is not float64 is rounded to the inputs'."""
-    z = logits.detach().to(dtype).requires_grad_()
-    t = tau.detach().to(dtype).requires_grad_()
-    output = (torch.log_softmax if log else torch.softmax)(z / t[:, None], -1)
-    grad_logits, grad_tau = torch.autograd.grad(output, (z, t), upstream.to(dtype))
-    if dtype == torch.float64:
-        return output.detach(), grad_logits, grad_tau
-    return output.detach().to(logits.dtype), grad_logits.to(logits.dtype), grad_tau.to(tau.dtype)
-
-
-def check(backend, log, logits, tau, upstream):
-    got = run(backend, log, logits, tau, upstream)
-    exact = expected(log, logits, tau, upstream, torch.float64)
-    plain = expected(log, logits, tau, upstream, torch.float32)
-    names = ("output", "grad_logits", "grad_tau")
-    for name, g, e, p in zip(names, got, exact, plain, strict=True):
-        assert_within_twice_plain(g, e, p, name)
-    return got, exact
 
 
 @logarithm
