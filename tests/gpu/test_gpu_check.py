@@ -155,7 +155,6 @@ def test_every_step_runs_on_a_cpu_beside_a_faulty_one(tmp_path):
 
 
 def test_the_headline_has_what_was_predicted_for_a_gpu(monkeypatch):
-    sys.path.insert(0, str(ROOT / "benchmarks"))
     import headline
 
     assert set(headline.PREDICTED) <= set(headline.calls("cuda"))

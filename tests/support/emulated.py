@@ -10,7 +10,6 @@ import subprocess
 import sysconfig
 from pathlib import Path
 
-import pybind11
 import torch
 from filelock import FileLock
 
@@ -23,15 +22,9 @@ ORDERS = ["forward", "reversed", "random"]
 @functools.cache
 def load():
     """The compiled emulator; compiled again when a source has changed."""
-    emulator = ROOT / "tests" / "emulator"
-    sources = sorted(
-        [
-            *emulator.glob("*.h"),
-            *emulator.glob("*.cpp"),
-            *ROOT.glob("csrc/*.h"),
-            *ROOT.glob("csrc/cuda/*.cuh"),
-        ]
-    )
+    emulator = ROOT / "tests/emulator"
+    patterns = ("tests/emulator/*.h", "tests/emulator/*.cpp", "csrc/*.h", "csrc/cuda/*.cuh")
+    sources = sorted(path for pattern in patterns for path in ROOT.glob(pattern))
     text = b"".join(path.read_bytes() for path in sources) + " ".join(FLAGS).encode()
     directory = ROOT / "build" / "cuda_emulator"
     directory.mkdir(parents=True, exist_ok=True)
@@ -39,6 +32,8 @@ def load():
     library = directory / digest / f"cuda_emulator{sysconfig.get_config_var('EXT_SUFFIX')}"
     with FileLock(directory / "lock"):
         if not library.exists():
+            import pybind11  # need not be where the kernels run on a GPU
+
             library.parent.mkdir(exist_ok=True)
             includes = [ROOT / "csrc", emulator, pybind11.get_include()]
             includes.append(sysconfig.get_path("include"))
