@@ -5,12 +5,15 @@ import copy
 import sys
 from unittest import mock
 
+import linear_step
 import pytest
 import torch
 from backends import CPU_BACKENDS
 from compare import assert_within_twice_plain
 from linear_loss import RHO, gradients, layer, network, plain
 from processes import error_of
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import fully_shard
 
 from tempnet_kernels import _ranks, linear_dro_cross_entropy
 from tempnet_kernels.nn import TempNet, TempNetCausalLMLoss, TempNetCrossEntropyLoss
@@ -286,3 +289,25 @@ def test_misuse_raises_on_every_rank(gloo):
             strict=True,
         ):
             assert words in message, message
+
+
+def fully_sharded(group, hidden, weight, target, net):
+    """The TempNet's gradients where FSDP2 holds its parameters: the mean over the ranks."""
+    mesh = DeviceMesh.from_group(group, "cpu")
+    fully_shard(net, mesh=mesh)
+    rows = slice(group.rank(), None, group.size())
+    linear_step.step(target[rows], net, "native")(hidden[rows], weight).backward()
+    return {name: p.grad.full_tensor() for name, p in net.named_parameters()}
+
+
+def test_parameters_sharded_by_fsdp(gloo):
+    hidden, weight, target, net = linear_step.make("cpu")
+    expected = [
+        linear_step.gradients(
+            linear_step.step(target[i::2], net, "native"), hidden[i::2], weight, net=net
+        )[3:]
+        for i in range(2)
+    ]
+    for grads in gloo.run(2, fully_sharded, hidden, weight, target, net):
+        for got, first, second in zip(grads.values(), *expected, strict=True):
+            torch.testing.assert_close(got, (first + second) / 2, rtol=1e-5, atol=1e-9)

@@ -4,6 +4,7 @@ and without a TempNet, folded and direct, in chunks."""
 import copy
 import sys
 
+import linear_step
 import pytest
 import torch
 from backends import DTYPES
@@ -89,7 +90,7 @@ def test_float64_equals_the_formula_to_rounding(backend, fold, center, bias, opt
     hidden, weight, b, target = layer(dtype=torch.float64, bias=bias != "none")
     if bias == "minus inf":
         if "label_smoothing" in options:
-            return  # the loss is +inf: test_contract of the token loss
+            return  # the loss is +inf, as the token loss's edge cases say
         b[[5, 300]] = -torch.inf
         target[target == 5] = 6
         target[target == 300] = 6
@@ -364,3 +365,30 @@ def test_row_moments_of_one_value(backend, value):
         assert (shift[1], squares[1], count[1]) == (-torch.inf, 0, 0)
     else:
         assert squares.isnan().all()
+
+
+@pytest.mark.parametrize("of", ["tau", "row_weight"])
+def test_gradient_of_each_row_in_tau_or_weight_makes_no_logits_again(of):
+    hidden, weight, target, _ = linear_step.make("cpu")
+    options = {"tau": torch.rand(6) + 0.5, "row_weight": torch.rand(6)}
+    options[of].requires_grad_()
+    with counted_flops(_linear, "linear_dro_cross_entropy_fwd") as flops:
+        loss = linear_dro_cross_entropy(
+            hidden, weight, target, rho=0.5, reduction="none", **options
+        )
+        loss.sum().backward()
+    assert len(flops) == 1 and options[of].grad.abs().max() > 0
+
+
+def test_equals_the_token_loss_of_the_linear_layer(backend, device):
+    hidden, weight, target, net = linear_step.make(device)
+    got = linear_step.gradients(linear_step.step(target, net, backend), hidden, weight, net=net)
+
+    def unfused(h, w):
+        z = h @ w.T
+        return dro_cross_entropy(z, target, net(z), 0.5, backend=backend)
+
+    linear_step.assert_same(
+        got, linear_step.gradients(unfused, hidden, weight, net=net), rtol=1e-4, atol=1e-6
+    )
+    assert all(grad.abs().max() > 0 for grad in got)

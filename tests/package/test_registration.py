@@ -1,0 +1,50 @@
+"""Which backend is taken, what the import needs, and that the public names are documented."""
+
+import subprocess
+import sys
+
+import tempnet_kernels
+from tempnet_kernels import _register
+
+
+def test_import_needs_neither_triton_nor_the_extension():
+    """Each missing backend raises when it is asked for, and says how to get it."""
+    code = """
+import importlib.util, pathlib, sys
+find, exists = importlib.util.find_spec, pathlib.Path.exists
+importlib.util.find_spec = lambda name, *a: None if name == "triton" else find(name, *a)
+pathlib.Path.exists = lambda path: "libtempnet" not in path.name and exists(path)
+sys.modules["triton"] = None
+import torch, tempnet_kernels
+z, y = torch.randn(2, 5), torch.tensor([1, 2])
+print(tempnet_kernels.dro_cross_entropy(z, y, backend="reference").item())
+for backend in ("auto", "native", "triton"):
+    try:
+        tempnet_kernels.dro_cross_entropy(z, y, backend=backend)
+    except RuntimeError as error:
+        print(backend, error)
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    lines = result.stdout.splitlines()
+    assert "pip install --no-build-isolation" in lines[1] and lines[1].startswith("auto")
+    assert "pip install --no-build-isolation" in lines[2]
+    assert "pip install triton" in lines[3]
+
+
+def test_auto_takes_the_first_backend_that_is_built(monkeypatch):
+    auto = sys.modules["tempnet_kernels.dro_cross_entropy"].AUTO
+    chosen = {}
+    for built in ({"native", "triton"}, {"triton"}, set()):
+        monkeypatch.setattr(
+            _register, "missing", lambda op, b, d, built=built: None if b in built else "not built"
+        )
+        for device in ("cpu", "cuda"):
+            chosen[device, len(built)] = _register.auto_backend("op", auto, device)
+    assert [chosen["cuda", n] for n in (2, 1, 0)] == ["native", "triton", "native"]
+    assert [chosen["cpu", n] for n in (2, 1, 0)] == ["native"] * 3  # slow Triton is no fallback
+
+
+def test_public_names_are_documented():
+    for name in tempnet_kernels.__all__:
+        assert getattr(tempnet_kernels, name).__doc__, name
