@@ -14,7 +14,7 @@ from backends import DEVICE
 # Their asserts say what was compared, as those of a test file do.
 pytest.register_assert_rewrite(
     "compare", "contrastive", "linear_loss", "open_clip_by_hand", "temperature", "tempered",
-    "tiny_transformers", "token_loss",
+    "tiny_transformers", "token_loss", "vocabulary",
 )  # fmt: skip
 
 
@@ -68,7 +68,7 @@ def simd_level(request):
     _C.set_cpu_capability(highest)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def gloo(tmp_path_factory):
     """Four gloo processes."""
     import processes

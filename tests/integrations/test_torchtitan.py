@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from processes import Processes, error_of
+from processes import error_of
 from tiny_titan import LENGTH, RHO, V, batch, model_spec, steps, trainer, weights
 
 from tempnet_kernels.integrations.torchtitan import (
@@ -17,13 +17,6 @@ from tempnet_kernels.integrations.torchtitan import (
 from tempnet_kernels.nn import load_tempnet
 
 STEPS = 3
-
-
-@pytest.fixture(scope="module")
-def two(tmp_path_factory):
-    pool = Processes(2, tmp_path_factory.mktemp("gloo"))
-    yield pool
-    pool.stop()
 
 
 def build(spec):
@@ -103,8 +96,8 @@ def trained_by_torchtitan(group, folder, options):
     ],
     ids=str,
 )
-def test_two_ranks_train_as_the_formula_in_one_process(two, tmp_path, options, dp):
-    (start, losses, end, optimized, shapes), other = two.run(
+def test_two_ranks_train_as_the_formula_in_one_process(two_ranks, tmp_path, options, dp):
+    (start, losses, end, optimized, shapes), other = two_ranks.run(
         2, trained_by_torchtitan, tmp_path, options
     )
     assert other[1] == losses
@@ -132,8 +125,8 @@ def resumed(group, folder):
     return whole, again, end, after, {k: whole[-1][k] for k in keys}
 
 
-def test_training_goes_on_from_a_checkpoint_and_logs_temperatures(two, tmp_path):
-    whole, again, end, after, stats = two.run(2, resumed, tmp_path)[0]
+def test_training_goes_on_from_a_checkpoint_and_logs_temperatures(two_ranks, tmp_path):
+    whole, again, end, after, stats = two_ranks.run(2, resumed, tmp_path)[0]
     key = "loss_metrics/global_avg_loss"
     assert again[0][key] == pytest.approx(whole[2][key], abs=1e-6)
     for name, p in end.items():
@@ -250,6 +243,6 @@ def full_dtensor(group, folder):
         (full_dtensor, "got a DT"),
     ],
 )
-def test_parallelism_that_is_not_there_is_refused(two, tmp_path, function, says):
-    for error in two.run(2, function, tmp_path):
+def test_parallelism_that_is_not_there_is_refused(two_ranks, tmp_path, function, says):
+    for error in two_ranks.run(2, function, tmp_path):
         assert error.startswith("ValueError") and says in error, error

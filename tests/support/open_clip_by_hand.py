@@ -15,6 +15,9 @@ import types
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+
+from tempnet_kernels.nn import ContrastiveTempNet
 
 PAGE = Path(__file__).parents[2] / "docs/integrations/open_clip.md"
 D, SAMPLES = 16, 24
@@ -138,3 +141,18 @@ def train(
             model, {"train": data}, loss, epoch, optimizer, None, None, None, loop_args(**changes)
         )
     return model
+
+
+def networks(seed=5):
+    torch.manual_seed(seed)
+    return {
+        f"{side}_temp_gen": ContrastiveTempNet(D, num_prototypes=8, seed=i)
+        for i, side in enumerate(("image", "text"))
+    }
+
+
+def features(n=8, dtype=torch.float32, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(2, n, D, generator=generator, dtype=torch.float64)
+    x[1] += x[0]  # pairs that belong together
+    return [side.to(dtype).requires_grad_() for side in F.normalize(x, dim=-1)]

@@ -1,4 +1,4 @@
-"""Gloo processes that stay up for the tests of a module: starting them takes most of the time."""
+"""Gloo processes that stay up for all tests: starting them takes most of the time."""
 
 import pickle
 import queue
