@@ -1,28 +1,24 @@
-"""Every public function on tensors without memory, on a device that is not the CPU: prints, as
+"""Every public function on tensors without memory, on the device of fake_device.py: prints, as
 JSON, what a GPU would be waited for, or fed from the host, for. A process of its own, since the
-device's name cannot be taken back. It is not called "cuda", whose autograd wants a driver.
+device's name cannot be taken back.
 
 FakeTensor raises where the host reads a value, or two devices meet; the rest is found here.
 """
 
-import contextlib
 import json
 import sys
-import types
 import warnings
 
 import torch
+from fake_device import GPU, GROUP, RANKS, WATCH, B, D, N, V, pretend
 from torch._subclasses.fake_tensor import (
     DataDependentOutputException,
     DynamicOutputShapeException,
     FakeTensorMode,
 )
-from torch.utils import backend_registration
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import tempnet_kernels as tk
-from tempnet_kernels import _linear, _products, _ranks, _register, _similarity
 from tempnet_kernels.integrations._serving import ServedTempNet
 from tempnet_kernels.nn import (
     ContrastiveTempNet,
@@ -34,113 +30,6 @@ from tempnet_kernels.nn import (
 )
 from tempnet_kernels.nn.dro_contrastive import METHODS
 
-GPU = "gpu"
-LOOPS = {
-    "linear_dro_cross_entropy_fwd": "_linear",
-    "dro_contrastive_stats": "_similarity",
-    "dro_contrastive_grad": "_similarity",
-}
-N, V, D, B = 64, 96, 24, 40
-# Of two processes whose collectives do nothing.
-GROUP = types.SimpleNamespace(rank=lambda: 1, size=lambda: 2)
-RANKS = _ranks.Ranks(GROUP, 1, (B, B), 2 * B)
-
-aten = torch.ops.aten
-
-
-class Watch(TorchDispatchMode):
-    """Notes what costs on a GPU and is no error there."""
-
-    found, on = (), True
-
-    @contextlib.contextmanager
-    def off(self):
-        """While a module is made, which happens once."""
-        self.on = False
-        yield
-        self.on = True
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
-        given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
-        out = func(*args, **kwargs)
-        made = [x for x in tree_leaves(out) if isinstance(x, torch.Tensor)]
-        devices = {x.device.type for x in given if x.dim()}
-        if len(devices | {x.device.type for x in made}) > 1:
-            self.note(f"{func}: two devices", given)
-        elif func in (aten._to_copy.default, aten.copy_.default):
-            if len({x.device.type for x in (*given, *made)}) > 1:
-                self.note(f"{func}: a copy from or to the host", given)
-        elif "cpu" in {x.device.type for x in made}:
-            self.note(f"{func}: made on the CPU", made)
-        indexed = func in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default)
-        if indexed and any(x is not None and x.dtype == torch.bool for x in args[1]):
-            self.note(f"{func}: waits for the number of true values", given)
-        if any(x.dtype == torch.float64 and x.numel() >= B * B for x in made):
-            self.note(f"{func}: a matrix in float64", made)
-        return out
-
-    def note(self, text, tensors):
-        if self.on:
-            shapes = [(x.device.type, tuple(x.shape)) for x in tensors]
-            self.found.append(f"{text} {shapes}")
-
-
-WATCH = Watch()
-
-
-def operator(name, backend):
-    """The overload; its own code where that is Python, which the fakes leave out."""
-    if backend == "reference":
-        return _register._lazy(name, f"reference.{_register._modules[name]}")
-    if name in LOOPS:
-        return _register._lazy(name, LOOPS[name], backend)
-    return getattr(getattr(torch.ops.tempnet, name), backend)
-
-
-def add_product(out, a, b):
-    """The fake of addmm with out_dtype is missing in torch 2.11."""
-    assert a.dtype == b.dtype and (out.shape, out.dim()) == ((a.shape[0], b.shape[1]), 2)
-    out.add_(1)
-
-
-def pretend():
-    """The tables and the checks that know "cuda" alone."""
-    module = types.SimpleNamespace(
-        get_amp_supported_dtype=lambda: [torch.bfloat16, torch.float16],
-        is_available=lambda: True, is_initialized=lambda: True, current_device=lambda: 0,
-        device_count=lambda: 1,
-    )  # fmt: skip
-    backend_registration._setup_privateuseone_for_python_backend(GPU, backend_module=module)
-    # torch.tensor(..., device=GPU) and module.to(GPU), which else want memory there.
-    torch._C._set_only_lift_cpu_tensors(True)
-    torch.__future__.set_overwrite_module_params_on_conversion(True)
-    library = torch.library.Library("_", "IMPL")
-    library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
-    KEPT.append(library)
-    _register.missing = lambda *_: None
-    _register.operator = operator
-    _products.WIDE_PRODUCTS.add(GPU)
-    for name, module in list(sys.modules.items()):
-        if name.startswith("tempnet_kernels."):
-            if hasattr(module, "_op"):
-                module._op = operator
-            if hasattr(module, "add_product"):
-                module.add_product = add_product
-            for table in vars(module).values():
-                if isinstance(table, dict) and table.keys() == {"cpu", "cuda"}:
-                    table[GPU] = table["cuda"]
-            if hasattr(module, "several"):
-                module.several = lambda _, group: group
-    _ranks._all_gather = _ranks._reduce_scatter = lambda to, x, group: to.fill_(0)
-    torch.distributed.all_reduce = lambda *_, **__: None
-    # Several tiles, several blocks of the fold.
-    _similarity.TILE_ROWS[GPU], _similarity.TILE_BYTES[GPU] = 16, 1
-    _similarity.POSITIVE_BYTES[GPU] = 16 * D * 4
-    _linear.FOLD_BYTES[GPU] = 4 * 32 * 40
-
-
-KEPT = []
 CASES = {}
 
 
