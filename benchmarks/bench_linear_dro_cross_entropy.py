@@ -15,9 +15,11 @@ import torch
 from measure import peak_extra_mib_alone, time_in_turn
 from peers import LINEAR_LOSSES
 
-from tempnet_kernels import _linear, linear_dro_cross_entropy
-from tempnet_kernels.linear_dro_cross_entropy import CHUNK_BYTES, CHUNK_BYTES_WITHOUT_WEIGHT
+from tempnet_kernels import linear_dro_cross_entropy
+from tempnet_kernels.chunked import linear_dro_cross_entropy as chunked_linear
+from tempnet_kernels.core.fields import LinearOptions
 from tempnet_kernels.nn import TempNet
+from tempnet_kernels.ops.linear_dro_cross_entropy import CHUNK_BYTES, CHUNK_BYTES_WITHOUT_WEIGHT
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -146,16 +148,19 @@ def test_tempnet(benchmark, shape):
     def chunks():
         return (slice(i, min(n, i + rows)) for i in range(0, n, rows))
 
+    options = LinearOptions(
+        RHO, -100, 0.0, 0.0, softcap=0.0, tau_min=0.5, tau_max=2.0, center=False, fold=True,
+        chunk_rows=rows, drop_ignored=False,
+    )  # fmt: skip
+
     def ours(fold):
-        loop = _linear._TempNetOfChunks(
-            "native", tensors, (0.5, 2.0), False, fold, weight, None, (True, True),
-            torch.float32, None,
-        )  # fmt: skip
+        kind = chunked_linear.FoldedTempNet if fold else chunked_linear.DirectTempNet
+        loop = kind("native", tensors, options, weight, None, True, torch.float32, None)
         for r in chunks():
             count = r.stop - r.start
             keep = net.dropout_factors((count, 256), DEVICE, torch.float32)
-            loop.temperatures(hidden[r], z[:count], keep)
-            loop.backward(grad_tau[r])
+            _, chunk = loop.temperatures(hidden[r], z[:count], keep)
+            loop.backward(grad_tau[r], chunk)
         return loop.gradients()
 
     def module():

@@ -8,7 +8,6 @@ import functools
 import importlib
 import itertools
 import math
-import sys
 import time
 from statistics import median
 from unittest import mock
@@ -20,14 +19,15 @@ import torch
 from measure import time_ms
 
 from tempnet_kernels import (
-    _linear,
-    _register,
-    _similarity,
     dro_contrastive,
     dro_cross_entropy,
     optimal_temperature,
     tempered_softmax,
 )
+from tempnet_kernels.chunked import dro_contrastive as chunked_contrastive
+from tempnet_kernels.chunked import linear_dro_cross_entropy as chunked_linear
+from tempnet_kernels.core import register
+from tempnet_kernels.ops import linear_dro_cross_entropy as linear_op
 
 SECONDS = 9  # of a case; what was not reached is said
 MIB = 1 << 20
@@ -76,11 +76,12 @@ def tiles(device, backend):
     sizes = (16, 32, 64, 128, 256) if device == "cuda" else (1,)
     settings = {
         f"{height} rows, {mib} MiB": constant(
-            _similarity, device, TILE_ROWS=height, TILE_BYTES=mib * MIB
+            chunked_contrastive, device, TILE_ROWS=height, TILE_BYTES=mib * MIB
         )
         for height, mib in itertools.product(rows, sizes)
     }
-    height, size = _similarity.TILE_ROWS[device], _similarity.TILE_BYTES[device] // MIB
+    height = chunked_contrastive.TILE_ROWS[device]
+    size = chunked_contrastive.TILE_BYTES[device] // MIB
     return best_first(settings, run, f"{height} rows, {size} MiB")
 
 
@@ -90,10 +91,9 @@ def chunks(device, frozen):
     else:
         shape, sizes = (16, 200, 8, torch.float32), (1, 2)
     tensors = linear.make(*shape, frozen)
-    module = sys.modules["tempnet_kernels.linear_dro_cross_entropy"]
     name = "CHUNK_BYTES_WITHOUT_WEIGHT" if frozen else "CHUNK_BYTES"
-    settings = {f"{mib} MiB": constant(module, device, **{name: mib * MIB}) for mib in sizes}
-    default = f"{getattr(module, name)[device] // MIB} MiB"
+    settings = {f"{mib} MiB": constant(linear_op, device, **{name: mib * MIB}) for mib in sizes}
+    default = f"{getattr(linear_op, name)[device] // MIB} MiB"
     return best_first(settings, lambda: linear.step(linear.OURS, *tensors), default)
 
 
@@ -103,8 +103,10 @@ def fold(device):
     )
     tensors = linear.make(*shape, True)
     sizes = (16, 32, 64, 128, 256, 512, 1024) if device == "cuda" else (1, 16)
-    settings = {f"{mib} MiB": constant(_linear, device, FOLD_BYTES=mib * MIB) for mib in sizes}
-    default = f"{_linear.FOLD_BYTES[device] // MIB} MiB"
+    settings = {
+        f"{mib} MiB": constant(chunked_linear, device, FOLD_BYTES=mib * MIB) for mib in sizes
+    }
+    default = f"{chunked_linear.FOLD_BYTES[device] // MIB} MiB"
     return best_first(settings, lambda: linear.step(linear.OURS, *tensors), default)
 
 
@@ -125,11 +127,11 @@ def patches(device, which):
     weights = torch.empty(m, n, dtype=torch.bfloat16, device=device)
 
     def stats():
-        op = _register.operator("similarity_stats_", "triton")
+        op = register.operator("similarity_stats_", "triton")
         op(states, states.clone(), similarity, 0, 0, a, a, at, ids, mask, False)
 
     def weigh():
-        op = _register.operator("similarity_weights_", "triton")
+        op = register.operator("similarity_weights_", "triton")
         op(weights, similarity, 0, 0, parameters, parameters, at, ids, mask, False)
 
     run, values = {

@@ -2,11 +2,12 @@
 functions."""
 
 from tempnet_kernels import nn
-from tempnet_kernels.dro_contrastive import ContrastiveStats, dro_contrastive
-from tempnet_kernels.dro_cross_entropy import TokenStats, dro_cross_entropy
-from tempnet_kernels.linear_dro_cross_entropy import linear_dro_cross_entropy
-from tempnet_kernels.optimal_temperature import SolverStats, optimal_temperature
-from tempnet_kernels.tempered_softmax import tempered_log_softmax, tempered_softmax
+from tempnet_kernels.ops.dro_contrastive import ContrastiveStats, dro_contrastive
+from tempnet_kernels.ops.dro_cross_entropy import dro_cross_entropy
+from tempnet_kernels.ops.linear_dro_cross_entropy import linear_dro_cross_entropy
+from tempnet_kernels.ops.optimal_temperature import SolverStats, optimal_temperature
+from tempnet_kernels.ops.tempered_softmax import tempered_log_softmax, tempered_softmax
+from tempnet_kernels.ops.token_rows import TokenStats
 
 __version__ = "0.1.0"
 __all__ = [

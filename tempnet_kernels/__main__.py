@@ -11,20 +11,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from tempnet_kernels import _register
-from tempnet_kernels.dro_contrastive import AUTO as DRO_CONTRASTIVE_AUTO
-from tempnet_kernels.dro_cross_entropy import AUTO as DRO_CROSS_ENTROPY_AUTO
-from tempnet_kernels.linear_dro_cross_entropy import AUTO as LINEAR_AUTO
-from tempnet_kernels.optimal_temperature import AUTO as OPTIMAL_TEMPERATURE_AUTO
-from tempnet_kernels.tempered_softmax import AUTO as TEMPERED_SOFTMAX_AUTO
+from tempnet_kernels.core import register
 
-# Each public op: the operator whose kernels decide what can run, and the order of "auto".
+# Each public op, and the operator whose kernels decide what can run.
 OPS = {
-    "dro_cross_entropy": ("dro_cross_entropy_fwd", DRO_CROSS_ENTROPY_AUTO),
-    "linear_dro_cross_entropy": ("row_moments", LINEAR_AUTO),
-    "dro_contrastive": ("similarity_stats_", DRO_CONTRASTIVE_AUTO),
-    "tempered_softmax": ("tempered_softmax_fwd", TEMPERED_SOFTMAX_AUTO),
-    "optimal_temperature": ("optimal_temperature", OPTIMAL_TEMPERATURE_AUTO),
+    "dro_cross_entropy": "dro_cross_entropy_fwd",
+    "linear_dro_cross_entropy": "row_moments",
+    "dro_contrastive": "similarity_stats_",
+    "tempered_softmax": "tempered_softmax_fwd",
+    "optimal_temperature": "optimal_temperature",
 }
 
 app = typer.Typer(
@@ -69,16 +64,16 @@ def env():
     console.print(facts)
 
     table = Table(title="backend of each op ('auto' in bold)")
-    for column in ("op", "device", *_register.BACKENDS):
+    for column in ("op", "device", *register.BACKENDS):
         table.add_column(column)
     devices = ["cpu"] + ["cuda"] * torch.cuda.is_available()
     missing = {}
-    for op, (operator, auto) in OPS.items():
+    for op, operator in OPS.items():
         for device in devices:
-            chosen = _register.auto_backend(operator, auto, device)
+            chosen = register.auto_backend(operator, device)
             cells = []
-            for backend in _register.BACKENDS:
-                reason = _register.missing(operator, backend, device)
+            for backend in register.BACKENDS:
+                reason = register.missing(operator, backend, device)
                 if reason is not None:
                     missing[f"{op}, {device}, {backend}"] = reason
                 word = "missing" if reason else "yes"
@@ -159,18 +154,18 @@ def _errors():
 
 def _library(device):
     """The compiled library, for which architectures, and whether it is loaded."""
-    path = _register.library(device)
+    path = register.library(device)
     if not path.exists():
         return "not built"
     name = f"{path.parent.name}/{path.name}"
     if device == "cuda" and not torch.version.cuda:
         return f"{name}, not loaded: this torch has no CUDA"
-    error = _register.load_native().get(device)
+    error = register.load_native().get(device)
     if error is not None:
         return f"{name}, not loaded: {error}"
     if device == "cpu":
         return f"{name}, loaded"
-    return f"{name}, loaded; compiled for {_register.cuda_architectures()}"
+    return f"{name}, loaded; compiled for {register.cuda_architectures()}"
 
 
 def _launch_plans():

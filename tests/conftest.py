@@ -81,8 +81,9 @@ def gloo(tmp_path_factory):
 @pytest.fixture
 def small_tiles(monkeypatch):
     """Several tiles in both directions, the last ones ragged."""
-    monkeypatch.setattr("tempnet_kernels._similarity.TILE_ROWS", dict.fromkeys(("cpu", "cuda"), 64))
-    monkeypatch.setattr("tempnet_kernels._similarity.TILE_BYTES", dict.fromkeys(("cpu", "cuda"), 1))
+    for name, value in (("TILE_ROWS", 64), ("TILE_BYTES", 1)):
+        tables = f"tempnet_kernels.chunked.dro_contrastive.{name}"
+        monkeypatch.setattr(tables, dict.fromkeys(("cpu", "cuda"), value))
 
 
 @pytest.fixture
@@ -97,7 +98,7 @@ def wide_products(monkeypatch):
             bias, a.to(out_dtype), b.to(out_dtype), beta=beta, alpha=alpha, out=out
         )  # fmt: skip
 
-    monkeypatch.setattr("tempnet_kernels._products.WIDE_PRODUCTS", {"cpu", "cuda"})
+    monkeypatch.setattr("tempnet_kernels.core.matmul.WIDE_PRODUCTS", {"cpu", "cuda"})
     library = torch.library.Library("aten", "IMPL")
     library.impl("mm.dtype_out", mm, "CPU")
     library.impl("addmm.dtype_out", addmm, "CPU")

@@ -9,7 +9,7 @@ from megatron.core.transformer.utils import (
     make_sharded_tensors_for_checkpoint,
 )
 
-from tempnet_kernels._ranks import SharesGroup
+from tempnet_kernels.core.collectives import SharesGroup
 from tempnet_kernels.nn import TempNet, TempNetCrossEntropyLoss
 from tempnet_kernels.nn.checkpoint import settings_of, undivided
 

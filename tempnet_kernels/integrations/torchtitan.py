@@ -18,8 +18,8 @@ from torchtitan.models.common.linear import Linear
 from torchtitan.protocols.module import Module, Sequential
 from torchtitan.protocols.sharding import ShardingConfig
 
-from tempnet_kernels.linear_dro_cross_entropy import loss_and_temperatures
 from tempnet_kernels.nn import TemperatureStats, TempNet
+from tempnet_kernels.ops.linear_dro_cross_entropy import loss_and_temperatures
 
 SETTINGS = ("tau_min", "tau_max", "hidden_size", "center", "dropout")
 NAMES = "lm_head.tempnet."  # of the TempNet's parameters in the model

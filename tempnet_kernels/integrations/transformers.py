@@ -11,7 +11,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from tempnet_kernels.nn import TempNet, TempNetCausalLMLoss
 from tempnet_kernels.nn.checkpoint import settings_of
-from tempnet_kernels.tempered_softmax import tempered_log_softmax
+from tempnet_kernels.ops.tempered_softmax import tempered_log_softmax
 
 NAME = "tempnet"  # of the submodule, and of the entry of the model's config
 

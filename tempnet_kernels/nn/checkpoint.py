@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tempnet_kernels._ranks import all_gather
+from tempnet_kernels.core.collectives import all_gather
 from tempnet_kernels.nn.tempnet import TempNet
 
 PUBLISHED = (

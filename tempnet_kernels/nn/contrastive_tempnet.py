@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tempnet_kernels._checks import check_integers, in_backward, temperature_bounds
-from tempnet_kernels._tempnet import hashed_dropout
+from tempnet_kernels.core.checks import check_integers, in_backward, temperature_bounds
+from tempnet_kernels.core.dropout import hashed_dropout
 from tempnet_kernels.nn.tempnet import reshape_scalar
 
 

@@ -7,47 +7,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tempnet_kernels._checks import check_integers, in_backward, temperature_bounds
-from tempnet_kernels._ranks import SharesGroup, all_sum, gather, meet
-from tempnet_kernels._register import BACKENDS
-from tempnet_kernels.dro_contrastive import check_features, dro_contrastive
-from tempnet_kernels.dro_cross_entropy import accumulation_dtype
+from tempnet_kernels.core.checks import check_integers, check_reachable, in_backward, radius
+from tempnet_kernels.core.collectives import SharesGroup
+from tempnet_kernels.core.fields import accumulation_dtype
+from tempnet_kernels.core.pairs import all_sum, gather, meet
+from tempnet_kernels.core.register import BACKENDS
+from tempnet_kernels.nn.contrastive_methods import METHODS
 from tempnet_kernels.nn.per_sample_state import PerSampleState
-from tempnet_kernels.nn.tempnet import TemperatureStats, reshape_scalar
+from tempnet_kernels.nn.tempnet import TemperatureStats
+from tempnet_kernels.ops.dro_contrastive import dro_contrastive
+from tempnet_kernels.ops.pair_arguments import check_features
 from tempnet_kernels.reference.official import official_contrastive
-
-# The initial temperature of each method that has one: open_clip's, and those of the official
-# classes.
-TAU = {"clip": 0.07, "sogclr": 0.07, "isogclr": 0.01}
-METHODS = (*TAU, "tempnet")
-
-# iSogCLR's rule for its table of temperatures: u <- (1 - MOMENTUM) u + MOMENTUM clip(k, +-CLIP),
-# tau <- clip(tau - RATE u, tau_min, tau_max).
-ISOGCLR_RATE, ISOGCLR_MOMENTUM, ISOGCLR_CLIP = 0.03, 0.5, 5.0
-ISOGCLR_TAU = (0.005, 0.05)
-
-# open_clip's bounds of clip's temperature.
-CLIP_TAU = (0.01, 1.0)
-
-
-class _Bounded(torch.autograd.Function):
-    """``x`` clamped. At a bound the gradient vanishes only where a step against it leads further
-    out: otherwise x would stay there for ever."""
-
-    @staticmethod
-    def forward(x, low, high):
-        return x.clamp(low, high)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, ctx.low, ctx.high = inputs
-        ctx.save_for_backward(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (x,) = ctx.saved_tensors
-        outward = ((x <= ctx.low) & (grad > 0)) | ((x >= ctx.high) & (grad < 0))
-        return grad.masked_fill(outward, 0), None, None
 
 
 class ContrastiveTemperatureStats(NamedTuple):
@@ -75,8 +45,10 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
             side. 0 for ``method="clip"``; and for sogclr and tempnet without a state, where every
             visit is a first one, ids are not taken, and gamma is not read.
         gamma: weight of a batch in the moving averages, in (0, 1].
-        rho: KL radius in nats. The KL of n negatives is at most log n: with a rho above that of the
-            whole batch, learned temperatures only fall.
+        rho: KL radius >= 0 in nats; must be given for isogclr and tempnet. An anchor's temperature
+            falls while the KL of its weights from uniform is below rho. The KL of n negatives is
+            below log n, so that in training a rho from log(pairs - 1) of the whole batch on raises;
+            choose it near the mean ``kl_image`` and ``kl_text`` of ``return_stats``.
         method: see above.
         tau: the temperature that clip, sogclr or isogclr begins with; by default 0.07, 0.07, 0.01.
             clip's stays in [0.01, 1] as open_clip's.
@@ -115,25 +87,24 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
     """
 
     def __init__(
-        self, num_samples, gamma=0.8, rho=7.0, *, method="tempnet", tau=None, tau_min=None,
+        self, num_samples, gamma=0.8, rho=None, *, method="tempnet", tau=None, tau_min=None,
         tau_max=None, image_temp_gen=None, text_temp_gen=None, estimator="log",
         process_group="world", backend="auto",
     ):  # fmt: skip
         super().__init__()
         name = "RobustContrastiveLoss"
         if method not in METHODS:
-            raise ValueError(f"{name}: method must be one of {METHODS}, got {method!r}")
+            raise ValueError(f"{name}: method must be one of {tuple(METHODS)}, got {method!r}")
         if estimator not in ("log", "official"):
             raise ValueError(f"{name}: estimator must be 'log' or 'official', got {estimator!r}")
-        least = int(method == "isogclr" or estimator == "official")
+        own = METHODS[method]
+        least = int(own.needs_state or estimator == "official")
         if not isinstance(num_samples, int) or num_samples < least:
             raise ValueError(
                 f"{name}: num_samples must be an integer >= {least}, got {num_samples}"
             )
         if not 0 < gamma <= 1:
             raise ValueError(f"{name}: gamma must be in (0, 1], got {gamma}")
-        if not math.isfinite(rho):
-            raise ValueError(f"{name}: rho must be finite, got {rho}")
         if backend not in ("auto", *BACKENDS):
             raise ValueError(
                 f"{name}: backend must be one of {('auto', *BACKENDS)}, got {backend!r}"
@@ -153,29 +124,25 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
             raise ValueError(f"{name}: tau_min and tau_max go with method='isogclr'")
         if method == "tempnet" and tau is not None:
             raise ValueError(f"{name}: tau goes with the other methods than 'tempnet', got {tau}")
-        tau = TAU.get(method) if tau is None else tau
-        self.tau_min, self.tau_max = self._bounds(method, tau, tau_min, tau_max)
+        tau = own.tau if tau is None else tau
+        self.tau_min, self.tau_max = own.bounds(tau, tau_min, tau_max)
         if tau is not None and not self.tau_min <= tau <= self.tau_max:
             raise ValueError(
                 f"{name}: tau must be in [{self.tau_min}, {self.tau_max}] for method {method!r}, "
                 f"got {tau}"
             )
-        self.num_samples, self.gamma, self.rho = num_samples, gamma, rho
+        self.num_samples, self.gamma = num_samples, gamma
+        self.rho = radius(name, rho, f"method {method!r}" if own.learns else None)
         self.method, self.estimator, self.backend = method, estimator, backend
         self.process_group = process_group
         self.image_temp_gen, self.text_temp_gen = networks
-        state = {}
-        if method == "clip":
-            self.logit_scale = nn.Parameter(torch.tensor([-math.log(tau)]))
-            self.register_load_state_dict_pre_hook(_accept_open_clip_s_scale)
+        if own.softmax:
+            state = {}
         elif estimator == "official":
             state = dict.fromkeys(("s_I", "b_I", "s_T", "b_T"), 0.0)
         else:
             state = dict.fromkeys(("log_s_image", "log_s_text"), math.nan)
-        if method == "sogclr":
-            self.tau = tau
-        if method == "isogclr":
-            state |= {"tau_image": tau, "tau_text": tau, "u_image": 0.0, "u_text": 0.0}
+        state |= own.begin(self, tau)
         self.state = PerSampleState(num_samples, state)
         self._taus = None
 
@@ -208,8 +175,8 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
             RuntimeError: the call is repeated within a backward pass, by activation checkpointing,
                 and would update the state a second time.
         """
-        stateless = self.method == "clip" or not self.num_samples
-        update = update_state and self.training and not stateless
+        own = METHODS[self.method]
+        update = update_state and self.training and self.num_samples > 0 and not own.softmax
         if logit_scale is not None and self.method != "clip":
             raise ValueError(
                 "RobustContrastiveLoss: logit_scale goes with method='clip', "
@@ -223,26 +190,26 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
         image_ids = ids if image_ids is None else image_ids
         text_ids = ids if text_ids is None else text_ids
         ranks = self._meet(image, text, image_ids, text_ids, update)
+        pairs = image.shape[0] if ranks is None else ranks.pairs
+        self._check_rho(pairs)
         taus = self._temperatures(image, text, ids, update, logit_scale)
-        clip = self.method == "clip"
         log_s = {}
-        if ids is not None and not clip:
+        if ids is not None and not own.softmax:
             log_s = {x: self.state.read(x, ids) for x in ("log_s_image", "log_s_text")}
         value, stats = dro_contrastive(
-            image, text, *taus, 0.0 if clip else self.rho, **log_s,
-            gamma=1.0 if clip else self.gamma, include_positive=clip,
+            image, text, *taus, 0.0 if own.softmax else self.rho, **log_s,
+            gamma=1.0 if own.softmax else self.gamma, include_positive=own.softmax,
             image_ids=image_ids, text_ids=text_ids, negative_mask=negative_mask,
             return_stats=True, process_group=ranks, backend=self.backend,
         )  # fmt: skip
         if update:
             new = {"log_s_image": stats.log_s_image, "log_s_text": stats.log_s_text}
-            new |= self._table_step(ids, taus, stats[4:6], stats[2:4])
+            new |= own.step(self, ids, taus, stats[4:6], stats[2:4])
             values = gather(torch.stack([x.float() for x in new.values()], 1), ranks)
             self.state.write(gather(ids, ranks), **dict(zip(new, values.T, strict=True)))
-        if clip:
+        if own.softmax:
             value = value / (2 * taus[0])
             # What is left to cross entropy, log n, has no gradient.
-            pairs = image.shape[0] if ranks is None else ranks.pairs
             cross_entropy = all_sum((stats.log_s_image + stats.log_s_text).sum(), ranks) / pairs / 2
             value = value + (cross_entropy - value).detach()
         return (value, stats) if return_stats else value
@@ -260,23 +227,6 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
             )
         )
 
-    @staticmethod
-    def _bounds(method, tau, tau_min, tau_max):
-        if method == "clip":
-            return CLIP_TAU
-        if method == "sogclr":
-            if not 0 < tau < math.inf:
-                raise ValueError(
-                    f"RobustContrastiveLoss: tau must be a finite number > 0, got {tau}"
-                )
-            return tau, tau
-        if method == "tempnet":
-            return None, None  # the networks'
-        tau_min = ISOGCLR_TAU[0] if tau_min is None else tau_min
-        tau_max = ISOGCLR_TAU[1] if tau_max is None else tau_max
-        temperature_bounds("RobustContrastiveLoss", tau_min, tau_max)
-        return tau_min, tau_max
-
     def _check(self, image, text, ids, update, **others):
         name = "RobustContrastiveLoss"
         check_features(name, image, text)
@@ -292,15 +242,14 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
                     f"{name}: image must be on the state's {device}, got {image.device}; "
                     "move the loss with .to(device)"
                 )
+        own = METHODS[self.method]
         if ids is None:
-            if self.method == "isogclr" or (
-                self.method != "clip" and self.training and self.num_samples
-            ):
+            if own.needs_state or (self.training and self.num_samples and not own.softmax):
                 raise ValueError(
                     f"{name}: ids must be given for method {self.method!r} with num_samples="
                     f"{self.num_samples}: the pairs' places in the training set"
                 )
-        elif self.method != "clip" and not self.num_samples:
+        elif not own.softmax and not self.num_samples:
             raise ValueError(
                 f"{name}: ids go with a state, got num_samples=0: pass the number of pairs of the "
                 "training set, or image_ids and text_ids if they only say which pairs are equal"
@@ -309,7 +258,7 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
             check_integers(name, "ids", ids, image.shape[:1], image.device)
             if ids.device.type == "cpu" and not torch.compiler.is_compiling():
                 outside = (ids < 0) | (ids >= self.num_samples)
-                if self.method != "clip" and outside.any():
+                if not own.softmax and outside.any():
                     row = int(outside.nonzero()[0])
                     raise IndexError(
                         f"{name}: ids[{row}] must be in [0, {self.num_samples}), "
@@ -325,13 +274,17 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
                 "pass update_state=False"
             )
 
+    def _check_rho(self, pairs):
+        if self.training and METHODS[self.method].learns and pairs > 1:
+            check_reachable("RobustContrastiveLoss", self.rho, pairs - 1, "negatives")
+
     def _meet(self, image, text, image_ids, text_ids, update):
         """The ranks that share the batch; None for one process."""
         group = self._group()
         if group is None:
             return None
         ranks = meet(
-            "RobustContrastiveLoss", group, image, text, method=METHODS.index(self.method),
+            "RobustContrastiveLoss", group, image, text, method=list(METHODS).index(self.method),
             num_samples=self.num_samples, gamma=self.gamma, rho=self.rho, update_state=update,
             ids=image_ids is not None, text_ids=text_ids is not None,
             **{
@@ -365,30 +318,10 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
         return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
     def _temperatures(self, image, text, ids, update, logit_scale=None):
-        taus = self._predicted(image, text, ids, update, logit_scale)
+        own = METHODS[self.method]
+        taus = own.temperatures(self, image, text, ids, update, logit_scale)
         self._taus = tuple(tau.detach() for tau in taus)
         return taus
-
-    def _predicted(self, image, text, ids, update, logit_scale):
-        """Of the anchors of both sides, each ``[B]`` or one number as 0-d."""
-        if self.method == "tempnet":
-            return (
-                self.image_temp_gen(image.detach(), ids, new_mask=update),
-                self.text_temp_gen(text.detach(), ids, new_mask=update),
-            )
-        if self.method == "isogclr":
-            return self.state.read("tau_image", ids), self.state.read("tau_text", ids)
-        if self.method == "clip" and logit_scale is not None:
-            acc = accumulation_dtype(image.dtype)
-            tau = 1 / torch.as_tensor(logit_scale, dtype=acc, device=image.device).reshape(())
-        elif self.method == "clip":
-            # Not the parameter, of which FSDP hands out a copy.
-            low, high = (-math.log(tau) for tau in reversed(CLIP_TAU))
-            tau = torch.exp(-_Bounded.apply(self.logit_scale, low, high)).squeeze(0)
-        else:
-            acc = accumulation_dtype(image.dtype)
-            tau = torch.full((), self.tau, dtype=acc, device=image.device)
-        return tau, tau
 
     def _official(self, image, text, ids, epoch, update, options, return_stats):
         name = "RobustContrastiveLoss: estimator='official'"
@@ -402,6 +335,7 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
                 f"{name} is of one process, got {group.size()}: gather the batch in each of them "
                 "and pass process_group=None"
             )
+        self._check_rho(image.shape[0])
         taus = self._temperatures(image, text, ids, update)
         acc = accumulation_dtype(image.dtype)
         state = {own: getattr(self.state, own) for own in self.state.initial}
@@ -414,29 +348,9 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
                 return_k=True,
             )  # fmt: skip
         if update:
-            self.state.write(ids, **self._table_step(ids, taus, k, k))
+            self.state.write(ids, **METHODS[self.method].step(self, ids, taus, k, k))
         return value
-
-    def _table_step(self, ids, taus, ks, counted):
-        """The values of iSogCLR's table after its step; nothing for the other methods. ``counted``
-        is NaN at an anchor that has no term."""
-        new = {}
-        if self.method != "isogclr":
-            return new
-        for side, tau, k, counts in zip(("image", "text"), taus, ks, counted, strict=True):
-            old = self.state.read(f"u_{side}", ids)
-            # What is not finite must not reach the table.
-            moves = torch.isfinite(k) & torch.isfinite(counts)
-            bounded = k.clamp(-ISOGCLR_CLIP, ISOGCLR_CLIP).to(old)
-            u = torch.where(moves, torch.lerp(old, bounded, ISOGCLR_MOMENTUM), old)
-            moved = (tau - ISOGCLR_RATE * u).clamp(self.tau_min, self.tau_max)
-            new |= {f"u_{side}": u, f"tau_{side}": torch.where(moves, moved, tau)}
-        return new
 
     def extra_repr(self):
         options = ("num_samples", "gamma", "rho", "method", "estimator", "backend")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)
-
-
-def _accept_open_clip_s_scale(module, state_dict, prefix, *_):
-    reshape_scalar(state_dict, prefix + "logit_scale")

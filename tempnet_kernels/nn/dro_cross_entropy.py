@@ -4,23 +4,27 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tempnet_kernels._ranks import SharesGroup
-from tempnet_kernels.dro_cross_entropy import dro_cross_entropy
-from tempnet_kernels.linear_dro_cross_entropy import loss_and_temperatures
+from tempnet_kernels.core.checks import check_reachable, radius
+from tempnet_kernels.core.collectives import SharesGroup
 from tempnet_kernels.nn.tempnet import TemperatureStats, TempNet
+from tempnet_kernels.ops.dro_cross_entropy import dro_cross_entropy
+from tempnet_kernels.ops.linear_dro_cross_entropy import loss_and_temperatures
 
 
 class DROCrossEntropyLoss(SharesGroup, nn.Module):
     """Module form of :func:`tempnet_kernels.dro_cross_entropy`; the options are its keywords.
+    ``rho`` may be left out where no temperature learns.
 
     With a ``process_group`` the loss cannot be pickled, and its copies share the group.
     """
 
     def __init__(
-        self, rho=0.0, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, reduction="mean",
+        self, rho=None, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, reduction="mean",
         return_stats=False, overwrite_logits=False, process_group=None, backend="auto",
     ):  # fmt: skip
         super().__init__()
+        if rho is not None:
+            rho = radius("DROCrossEntropyLoss", rho)
         self.rho = rho
         self.process_group = process_group
         self.options = {
@@ -54,9 +58,19 @@ class _PredictedTemperatures(nn.Module):
     """Holds the TempNet, so that an optimizer, DDP and a checkpoint of this module see its
     parameters, and the temperatures of the last batch."""
 
-    def __init__(self, tempnet):
+    def __init__(self, tempnet, rho):
         super().__init__()
+        name = type(self).__name__
+        if not isinstance(tempnet, nn.Module):
+            raise TypeError(
+                f"{name}: tempnet must be a module from logits [..., V] to temperatures [...], as "
+                f"tempnet_kernels.nn.TempNet(vocab_size) is, got {type(tempnet).__name__}"
+            )
         self.tempnet = tempnet
+        self.rho = radius(name, rho, "a tempnet")
+        vocab_size = getattr(getattr(tempnet, "module", tempnet), "vocab_size", None)
+        if vocab_size is not None:
+            check_reachable(name, self.rho, vocab_size, "columns")
         self._tau = None
         self._live = None
 
@@ -84,13 +98,15 @@ class TempNetCrossEntropyLoss(_PredictedTemperatures):
     Args:
         tempnet: a module from logits ``[..., V]`` to temperatures ``[...]``, with ``tau_min`` and
             ``tau_max``.
-        rho: KL radius in nats.
+        rho: KL radius >= 0 in nats: a temperature falls while its row's KL is below it. The KL of
+            V columns is below log V, so that rho must be, too; choose it near the mean ``kl`` of
+            ``return_stats``.
         options: the keywords of :class:`DROCrossEntropyLoss` but ``process_group``, which is that
             of ``tempnet.shard``.
     """
 
     def __init__(self, tempnet, rho, **options):
-        super().__init__(tempnet)
+        super().__init__(tempnet, rho)
         if "process_group" in options:
             raise ValueError(
                 "TempNetCrossEntropyLoss: process_group is that of the tempnet, set by "
@@ -121,7 +137,7 @@ class TempNetCausalLMLoss(_PredictedTemperatures):
     Args:
         tempnet: a :class:`TempNet` for V columns. Its parameters are this module's. Of a sharded
             one the ``process_group`` is used: weight, bias or logits are then the rank's columns.
-        rho: KL radius in nats.
+        rho: KL radius in nats, in [0, log V).
         ignore_index: the label of tokens that do not count.
         label_smoothing, z_loss, backend: as in :func:`tempnet_kernels.dro_cross_entropy`.
         softcap, chunk_rows: as in :func:`tempnet_kernels.linear_dro_cross_entropy`; logits come
@@ -132,8 +148,7 @@ class TempNetCausalLMLoss(_PredictedTemperatures):
         self, tempnet, rho, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None,
         chunk_rows=None, backend="auto",
     ):  # fmt: skip
-        super().__init__(tempnet)
-        self.rho = rho
+        super().__init__(tempnet, rho)
         self.softcap = softcap
         self.chunk_rows = chunk_rows
         self.options = {
@@ -159,9 +174,16 @@ class TempNetCausalLMLoss(_PredictedTemperatures):
         normalizer = num_items_in_batch
         if isinstance(normalizer, torch.Tensor):
             normalizer = normalizer.to(inputs.device)
+        elif normalizer is not None and not normalizer > 0:
+            raise ValueError(
+                "TempNetCausalLMLoss: num_items_in_batch must be > 0, the number of labels that "
+                f"count in all micro-batches and ranks, got {normalizer}: leave out a batch of "
+                "which every label is ignored"
+            )
         options = {"rho": self.rho, "normalizer": normalizer, **self.options}
         options["process_group"] = self.process_group
         if weight is None:
+            self._check_logits(inputs)
             tau = self.tempnet(inputs.detach())
             loss = dro_cross_entropy(inputs, target, tau, **options)
         else:
@@ -171,6 +193,15 @@ class TempNetCausalLMLoss(_PredictedTemperatures):
             )  # fmt: skip
         self._tau, self._live = tau.detach(), target != ignore_index
         return loss
+
+    def _check_logits(self, inputs):
+        network = getattr(self.tempnet, "module", self.tempnet)
+        if isinstance(network, TempNet) and inputs.shape[-1] != network.proj[0].in_features:
+            raise ValueError(
+                f"TempNetCausalLMLoss: inputs must be logits of {network.proj[0].in_features} "
+                f"columns, got shape {tuple(inputs.shape)}; of hidden states pass weight=, that of "
+                "the model's output layer"
+            )
 
     def extra_repr(self):
         options = {"rho": self.rho, **self.options, "softcap": self.softcap}

@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tempnet_kernels import _tempnet
-from tempnet_kernels._checks import temperature_bounds
-from tempnet_kernels._ranks import SharesGroup, all_gather, several, sum_over_ranks
-from tempnet_kernels.reference.linear_dro_cross_entropy import row_moments
+from tempnet_kernels.core.checks import temperature_bounds
+from tempnet_kernels.core.collectives import SharesGroup, all_gather, several, sum_over_ranks
+from tempnet_kernels.core.dropout import hashed_dropout
+from tempnet_kernels.core.tempnet import NORM_MIN, Head, head, merged_moments, row_moments
 
 # Where the published checkpoints keep the TempNet inside a full model's state dict.
 PREFIXES = ("module.tempnet.", "tempnet.")
@@ -137,8 +137,7 @@ class TempNet(SharesGroup, nn.Module):
         """logits ``[..., V]`` of a float dtype, of a sharded network this rank's columns ->
         temperatures ``[...]`` in float32 (float64 for a float64 network).
 
-        inside: a function that is called with this network in place of that, and whose result is
-        returned. FSDP gathers a network's parameters for the duration of its forward only.
+        inside: of :meth:`within`.
         """
         if inside is not None:
             return inside(self)
@@ -153,7 +152,7 @@ class TempNet(SharesGroup, nn.Module):
             moments = all_gather(
                 row_moments(z.reshape(-1, v), self.center == "max"), self.process_group
             )
-            shift, squares = (x.view(*z.shape[:-1], 1) for x in _tempnet.merged_moments(moments))
+            shift, squares = (x.view(*z.shape[:-1], 1) for x in merged_moments(moments))
             norm = squares.sqrt()
         elif self.center == "max":
             shift = z.amax(-1, keepdim=True)
@@ -164,13 +163,13 @@ class TempNet(SharesGroup, nn.Module):
         z = torch.where(z == -math.inf, 0, z)
         if self.process_group is None:
             norm = z.norm(dim=-1, keepdim=True)
-        x = z / norm.clamp_min(_tempnet.NORM_MIN)
+        x = z / norm.clamp_min(NORM_MIN)
         pre = F.linear(x.to(dtype), self.proj[0].weight).to(z.dtype)  # (..., hidden_size)
         if self.process_group is not None:
             pre = sum_over_ranks(pre, self.process_group)
         keep = self.dropout_factors(pre.shape, pre.device, pre.dtype)
         with torch.autocast(pre.device.type, enabled=False):
-            share, _ = _tempnet.head(pre, self.head(z.dtype), keep)
+            share, _ = head(pre, self.head(z.dtype), keep)
         return self.tau_min + (self.tau_max - self.tau_min) * share
 
     def head(self, dtype):
@@ -179,7 +178,16 @@ class TempNet(SharesGroup, nn.Module):
             self.proj[0].bias, self.proj[3].weight, self.proj[3].bias, self.scaler,
             self.last.weight, self.last.bias,
         )  # fmt: skip
-        return _tempnet.Head(*(p.to(dtype) for p in parameters))
+        return Head(*(p.to(dtype) for p in parameters))
+
+    def kernel_parameters(self, dtype):
+        """What an operator takes: the first layer's weight as it is, the others in ``dtype``."""
+        return [self.proj[0].weight, *self.head(dtype)]
+
+    def within(self, function):
+        """``function(network)`` while the parameters are there: FSDP gathers them for the duration
+        of a forward only."""
+        return self(inside=function)
 
     def dropout_factors(self, shape, device, dtype):
         """0 or 1 / (1 - probability) for each of the first layer's outputs, the same on every rank;
@@ -192,7 +200,7 @@ class TempNet(SharesGroup, nn.Module):
             key = torch.randint(1 << 62, (), device=device)
             ids = torch.arange(math.prod(shape[:-1]), device=device)
             key = all_gather(key, self.process_group)[0]
-            factors = _tempnet.hashed_dropout(key, ids, shape[-1], probability, dtype)
+            factors = hashed_dropout(key, ids, shape[-1], probability, dtype)
             return factors.view(shape)
         keep = torch.empty(shape, device=device, dtype=dtype).bernoulli_(1 - probability)
         return keep.div_(1 - probability)

@@ -4,7 +4,8 @@ import math
 
 import torch
 
-from tempnet_kernels._checks import check_target
+from tempnet_kernels.core.checks import check_target
+from tempnet_kernels.core.fields import TokenRow
 
 LN2 = math.log(2)
 EMPTY = -1e30  # m of columns without a finite logit; finite, since -inf - -inf is NaN
@@ -66,7 +67,9 @@ def dro_cross_entropy_bwd_(
     check_target(target, vocab_size, ignore_index)
     z, y, held, live = _prepare(logits, target, tau, ignore_index, begin, vocab_size)
     smooth = label_smoothing, vocab_size
-    grad = _gradient(z, y, held, live, tau, scale, rows[2], rows[3], *smooth, z_loss)
+    grad = _gradient(
+        z, y, held, live, tau, scale, rows[TokenRow.M], rows[TokenRow.LOG2_S], *smooth, z_loss
+    )
     logits.copy_(grad)
 
 

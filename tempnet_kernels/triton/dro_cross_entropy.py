@@ -7,7 +7,7 @@ import torch
 import triton
 import triton.language as tl
 
-from tempnet_kernels._checks import check_target
+from tempnet_kernels.core.checks import check_target
 from tempnet_kernels.triton import device_of
 from tempnet_kernels.triton.online_softmax import (
     EMPTY,

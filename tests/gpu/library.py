@@ -9,8 +9,8 @@ from pathlib import Path
 
 import torch
 
-from tempnet_kernels import _register
 from tempnet_kernels.__main__ import _library
+from tempnet_kernels.core import register
 
 ROOT = Path(__file__).parents[2]
 
@@ -27,12 +27,12 @@ def runs_on(capability, architectures):
 
 def serves(device):
     """Whether the library is loaded and has code for every GPU that is there."""
-    if not _register.library(device).exists() or device in _register.load_native():
+    if not register.library(device).exists() or device in register.load_native():
         return False
     if device == "cpu":
         return True
     gpus = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
-    return all(runs_on(gpu, _register.cuda_architectures()) for gpu in gpus)
+    return all(runs_on(gpu, register.cuda_architectures()) for gpu in gpus)
 
 
 def library(device):
@@ -44,8 +44,8 @@ def library(device):
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"], cwd=ROOT, check=True,
         env={**os.environ, **wanted},
     )  # fmt: skip
-    _register.load_native.cache_clear()
-    assert device not in _register.load_native(), _register.load_native()[device]
+    register.load_native.cache_clear()
+    assert device not in register.load_native(), register.load_native()[device]
     return {"row": {"library": _library(device), "built in s": time.monotonic() - begin}}
 
 

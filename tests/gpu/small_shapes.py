@@ -9,8 +9,6 @@ import torch
 from token_loss import CUDA_SHAPES
 
 from tempnet_kernels import (
-    _register,
-    _similarity,
     dro_contrastive,
     dro_cross_entropy,
     linear_dro_cross_entropy,
@@ -18,6 +16,8 @@ from tempnet_kernels import (
     tempered_log_softmax,
     tempered_softmax,
 )
+from tempnet_kernels.chunked import dro_contrastive as tiles
+from tempnet_kernels.core import register
 from tempnet_kernels.nn import TempNet
 
 
@@ -33,12 +33,12 @@ def token(wide, target, tau, v, first, **options):
 def vocabulary_parts(logits, target, tau):
     """The columns of the second of two processes."""
     v = logits.shape[1]
-    _register.operator("dro_cross_entropy_stats", "native")(
+    register.operator("dro_cross_entropy_stats", "native")(
         logits, target, tau, -100, v, 2 * v, True, True
     )
     rows = torch.zeros(6, len(target), device="cuda")
     for name in ("dro_cross_entropy_bwd", "dro_cross_entropy_bwd_"):
-        _register.operator(name, "native")(
+        register.operator(name, "native")(
             logits.clone(), target, tau, torch.ones_like(tau), rows, -100, 0.1, 1e-3, v, 2 * v
         )
 
@@ -60,7 +60,7 @@ def run_contrastive(dtype, m, n, **options):
 def contrastive(dtype):
     """Tiles whose columns are whole groups and tiles whose are not, several of them, with and
     without ids and mask."""
-    _similarity.TILE_ROWS, _similarity.TILE_BYTES = {"cuda": 64}, {"cuda": 1}
+    tiles.TILE_ROWS, tiles.TILE_BYTES = {"cuda": 64}, {"cuda": 1}
     for m, n in ((1, 1), (70, 70), (130, 1028), (33, 601)):
         run_contrastive(dtype, m, n)
         ids = torch.randint(40, (n,), device="cuda")

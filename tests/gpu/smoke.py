@@ -20,10 +20,6 @@ from judge import (
 from smoke_modules import module_cases
 
 from tempnet_kernels import (
-    _products,
-    _register,
-    _similarity,
-    _vocabulary,
     dro_contrastive,
     dro_cross_entropy,
     linear_dro_cross_entropy,
@@ -32,6 +28,10 @@ from tempnet_kernels import (
     tempered_log_softmax,
     tempered_softmax,
 )
+from tempnet_kernels.chunked import dro_contrastive as tiles
+from tempnet_kernels.chunked import dro_cross_entropy as sharded
+from tempnet_kernels.core import matmul, register
+from tempnet_kernels.core.fields import TokenOptions
 
 
 def token_cases(device):
@@ -64,13 +64,14 @@ def vocabulary_cases(device):
         v, scale, options = logits.shape[1], x["row_weight"], (-100, 0.1, 1e-2)
         places = [(begin, v) for begin in range(0, v, v // 3)]
         shards = [logits[:, begin : begin + v // 3] for begin, _ in places]
-        op = functools.partial(_register.operator, backend=backend)
+        op = functools.partial(register.operator, backend=backend)
         stats = [
             op("dro_cross_entropy_stats")(z, target, tau, -100, *place, True, True)
             for z, place in zip(shards, places, strict=True)
         ]
         stats = map(torch.stack, zip(*stats, strict=True))
-        loss, rows, argmax = _vocabulary.merged(*stats, target, tau, scale, 0.7, *options, v)
+        numbers = TokenOptions(0.7, *options)
+        loss, rows, argmax = sharded.merged(*stats, target, tau, scale, numbers, v)
         args = target, tau, scale, rows, *options
         grads = [
             op("dro_cross_entropy_bwd")(z, *args, *place)
@@ -205,12 +206,12 @@ def contrastive_cases(device):
 
     def tiled(function, x, backend):
         """Several tiles in both directions, the last ones ragged."""
-        saved = _similarity.TILE_ROWS, _similarity.TILE_BYTES
-        _similarity.TILE_ROWS, _similarity.TILE_BYTES = ({k: v for k in saved[0]} for v in (64, 1))
+        saved = tiles.TILE_ROWS, tiles.TILE_BYTES
+        tiles.TILE_ROWS, tiles.TILE_BYTES = ({k: v for k in saved[0]} for v in (64, 1))
         try:
             return function(x, backend)
         finally:
-            _similarity.TILE_ROWS, _similarity.TILE_BYTES = saved
+            tiles.TILE_ROWS, tiles.TILE_BYTES = saved
 
     kinds = (
         ("", (), {}),
@@ -248,10 +249,10 @@ def product_cases(device):
         out, a, b = wide[:, 3:], a.to(device).T, b.to(device).T
         if device == "cpu":  # as the loops do there: no product of 16 bits has a float32 result
             a, b = a.float(), b.float()
-        _products.multiply(a, b, out)
+        matmul.multiply(a, b, out)
         error = (out.cpu().double() - exact).abs().max().item() if exact.numel() else 0.0
         for _ in range(2):
-            _products.add_product(out, a, b)
+            matmul.add_product(out, a, b)
         if exact.numel():
             error = max(error, (out.cpu().double() - 3 * exact).abs().max().item() / 3)
         assert wide[:, :3].isnan().all(), "the columns beside the result are written"
@@ -285,7 +286,7 @@ def large_cases(device):
         return (optimal_temperature(x["logits"], 3.0, 0.05, 9.0, backend=backend),)
 
     def moments(x, backend):
-        return (_register.operator("row_moments", backend)(x["logits"], True).T,)
+        return (register.operator("row_moments", backend)(x["logits"], True).T,)
 
     def case(function, backend):
         x = {

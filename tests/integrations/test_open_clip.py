@@ -190,7 +190,7 @@ def test_the_loops_clip_run_is_that_of_open_clips_loss(open_clip, caplog):
 
 def test_the_pages_loop_passes_ids_and_the_averages_are_kept(open_clip):
     loop = module_of(patched("train.py"), "patched_train")
-    loss_fn = TempNetClipLoss(num_samples=SAMPLES + 2, gamma=0.5, **networks())
+    loss_fn = TempNetClipLoss(num_samples=SAMPLES + 2, gamma=0.5, rho=1.0, **networks())
     train(loss_fn, data=Data(ids=True), loop=loop)
     state = loss_fn.state.log_s_image
     assert state[:SAMPLES].isfinite().all() and state[SAMPLES:].isnan().all()
@@ -268,7 +268,7 @@ def test_siglips_model_and_a_trainable_scale_stop_the_loop(open_clip):
     with pytest.raises(ValueError, match="logit_bias must be None"):
         train(TempNetClipLoss(method="clip"), model=tiny_clip(init_logit_bias=-10.0), freeze=False)
     with pytest.raises(ValueError, match=r"call model.logit_scale.requires_grad_\(False\)"):
-        train(TempNetClipLoss(**networks()), freeze=False)
+        train(TempNetClipLoss(rho=1.0, **networks()), freeze=False)
 
 
 def test_equal_image_ids_are_not_negatives_without_a_state():
@@ -282,16 +282,16 @@ def test_equal_image_ids_are_not_negatives_without_a_state():
 
 
 def test_a_resumed_loss_goes_on_with_its_averages_and_an_unlike_one_raises():
-    loss_fn = TempNetClipLoss(num_samples=9, **networks())
+    loss_fn = TempNetClipLoss(num_samples=9, rho=1.0, **networks())
     image, text = features()
     loss_fn(image, text, None, ids=torch.arange(8))
-    resumed = TempNetClipLoss(num_samples=9, **networks(1))
+    resumed = TempNetClipLoss(num_samples=9, rho=1.0, **networks(1))
     resumed.load_state_dict(loss_fn.state_dict())
     image, text = features(seed=2)
     ids = torch.arange(8).flip(0)
     assert torch.equal(resumed(image, text, None, ids=ids), loss_fn(image, text, None, ids=ids))
     assert resumed.state.log_s_text[:8].isfinite().all()
     with pytest.raises(RuntimeError, match=r"is of \(9,\) samples, the loss of \(0,\)"):
-        TempNetClipLoss(**networks()).load_state_dict(loss_fn.state_dict())
+        TempNetClipLoss(rho=1.0, **networks()).load_state_dict(loss_fn.state_dict())
     plain = RobustContrastiveLoss(9, **networks(1))
     assert plain.load_state_dict(loss_fn.state_dict())  # the same names

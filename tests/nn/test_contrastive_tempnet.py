@@ -53,7 +53,9 @@ def test_tempnet_loads_the_official_layout():
     assert net.scaler.item() == pytest.approx(math.log(0.01)) and net.dropout == 0.5
     official = {name: torch.randn(shape) for name, shape in shapes.items()}
     official["scaler"] = torch.tensor(math.log(0.02), dtype=torch.float64)  # theirs is 0-d, float64
-    loss = RobustContrastiveLoss(9, image_temp_gen=net, text_temp_gen=ContrastiveTempNet(D))
+    loss = RobustContrastiveLoss(
+        9, rho=1.0, image_temp_gen=net, text_temp_gen=ContrastiveTempNet(D)
+    )
     loss.load_state_dict({f"image_temp_gen.{k}": v for k, v in official.items()}, strict=False)
     net.load_state_dict(official)
     assert net.scaler.dtype == torch.float32 and net.scaler.item() == pytest.approx(math.log(0.02))

@@ -58,7 +58,7 @@ def test_frozen_parameters_are_left_out_and_empty_groups_too():
 
 def test_networks_of_both_sides_share_the_group_and_scales_do_not_decay():
     nets = {f"{x}_temp_gen": ContrastiveTempNet(4) for x in ("image", "text")}
-    m = nn.ModuleDict({"tower": nn.Linear(4, 4), "loss": RobustContrastiveLoss(8, **nets)})
+    m = nn.ModuleDict({"tower": nn.Linear(4, 4), "loss": RobustContrastiveLoss(8, rho=1.0, **nets)})
     names = by_name(m, tempnet_param_groups(m, 1e-3, tempnet_lr=3e-5))
     assert names["tempnet"] == {f"loss.{k}" for k, _ in m["loss"].named_parameters()}
     m["clip"] = RobustContrastiveLoss(0, method="clip")

@@ -31,7 +31,9 @@ class Model(torch.nn.Module):
                 f"{side}_temp_gen": ContrastiveTempNet(D, num_prototypes=8, seed=i)
                 for i, side in enumerate(("image", "text"))
             }
-        self.loss = RobustContrastiveLoss(SAMPLES, method=method, **networks, process_group=group)
+        self.loss = RobustContrastiveLoss(
+            SAMPLES, rho=1.0, method=method, **networks, process_group=group
+        )
 
     def forward(self, image, text, ids):
         encoded = (F.normalize(f(x), dim=1) for f, x in ((self.image, image), (self.text, text)))
@@ -138,7 +140,7 @@ def test_of_equal_ids_on_two_ranks_the_last_one_counts(gloo):
 
 def overflowed(group):
     """One rank's image is infinite: the loss is NaN on all, and no trace of it in the state."""
-    loss_fn = RobustContrastiveLoss(8, method="isogclr", process_group=group)
+    loss_fn = RobustContrastiveLoss(8, rho=1.0, method="isogclr", process_group=group)
     image, text = contrastive.features(4, D)
     ids = torch.arange(4) + 4 * group.rank()
     loss_fn(image, text, ids)

@@ -12,7 +12,7 @@ import pytest
 import torch
 from filelock import FileLock
 
-from tempnet_kernels import _register
+from tempnet_kernels.core import register
 
 ROOT = Path(__file__).parents[2]
 LIBTORCH = Path(torch.__path__[0]) / "lib" / "libtorch_cpu.so"
@@ -50,7 +50,7 @@ def assert_stable(library):
 
 
 def test_the_cpu_library_needs_stable_symbols_only():
-    assert_stable(_register.library("cpu"))
+    assert_stable(register.library("cpu"))
 
 
 def test_the_cuda_library_needs_stable_symbols_only(cuda_library):
@@ -71,7 +71,7 @@ def test_the_cuda_library_registers_every_operator_of_the_cpu_library(cuda_libra
     def operators(library):
         return set(re.findall(rb"\b\w+\.native\b", library.read_bytes()))
 
-    on_cpu = operators(_register.library("cpu"))
+    on_cpu = operators(register.library("cpu"))
     assert len(on_cpu) >= 12 and operators(cuda_library) == on_cpu
 
 
@@ -104,7 +104,7 @@ def test_another_python_loads_the_cpu_library():
         "library = ctypes.CDLL(sys.argv[2])\n"
         "print(library._handle != 0)\n"
     )
-    arguments = [str(LIBTORCH), str(_register.library("cpu"))]
+    arguments = [str(LIBTORCH), str(register.library("cpu"))]
     result = subprocess.run([path, "-c", code, *arguments], capture_output=True, text=True)
     assert result.stdout == "True\n", result.stderr
 
@@ -112,12 +112,12 @@ def test_another_python_loads_the_cpu_library():
 def test_a_library_that_does_not_load_is_reported(tmp_path, monkeypatch):
     broken = tmp_path / "libtempnet_cpu.so"
     broken.write_text("not a library")
-    monkeypatch.setattr(_register, "library", lambda device: broken)
-    assert "libtempnet_cpu.so" in _register.load_native.__wrapped__()["cpu"]
-    monkeypatch.setattr(_register, "load_native", _register.load_native.__wrapped__)
+    monkeypatch.setattr(register, "library", lambda device: broken)
+    assert "libtempnet_cpu.so" in register.load_native.__wrapped__()["cpu"]
+    monkeypatch.setattr(register, "load_native", register.load_native.__wrapped__)
     # The kernels of this process are there whatever the file is now.
-    assert _register.missing("row_moments", "native", "cpu") is None
+    assert register.missing("row_moments", "native", "cpu") is None
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *a: False)
-    assert "does not load: " in _register.missing("row_moments", "native", "cpu")
+    assert "does not load: " in register.missing("row_moments", "native", "cpu")
     broken.unlink()
-    assert "not built: run `pip install" in _register.missing("row_moments", "native", "cpu")
+    assert "not built: run `pip install" in register.missing("row_moments", "native", "cpu")

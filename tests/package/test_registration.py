@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 import tempnet_kernels
-from tempnet_kernels import _register
+from tempnet_kernels.core import register
 
 
 def test_import_needs_neither_triton_nor_the_extension():
@@ -33,14 +33,13 @@ for backend in ("auto", "native", "triton"):
 
 
 def test_auto_takes_the_first_backend_that_is_built(monkeypatch):
-    auto = sys.modules["tempnet_kernels.dro_cross_entropy"].AUTO
     chosen = {}
     for built in ({"native", "triton"}, {"triton"}, set()):
         monkeypatch.setattr(
-            _register, "missing", lambda op, b, d, built=built: None if b in built else "not built"
+            register, "missing", lambda op, b, d, built=built: None if b in built else "not built"
         )
         for device in ("cpu", "cuda"):
-            chosen[device, len(built)] = _register.auto_backend("op", auto, device)
+            chosen[device, len(built)] = register.auto_backend("op", device)
     assert [chosen["cuda", n] for n in (2, 1, 0)] == ["native", "triton", "native"]
     assert [chosen["cpu", n] for n in (2, 1, 0)] == ["native"] * 3  # slow Triton is no fallback
 

@@ -273,11 +273,11 @@ class TemperatureOperators:
 
 # {op: (the module that calls its operators, what stands for them)}
 OPERATORS = {
-    "dro_cross_entropy": ("tempnet_kernels.dro_cross_entropy", Operators),
-    "linear_dro_cross_entropy": ("tempnet_kernels._linear", Operators),
-    "dro_contrastive": ("tempnet_kernels._similarity", ContrastiveOperators),
-    "tempered_softmax": ("tempnet_kernels.tempered_softmax", SoftmaxOperators),
-    "optimal_temperature": ("tempnet_kernels.optimal_temperature", TemperatureOperators),
+    "dro_cross_entropy": ("tempnet_kernels.ops.dro_cross_entropy", Operators),
+    "linear_dro_cross_entropy": ("tempnet_kernels.chunked.linear_dro_cross_entropy", Operators),
+    "dro_contrastive": ("tempnet_kernels.chunked.dro_contrastive", ContrastiveOperators),
+    "tempered_softmax": ("tempnet_kernels.ops.tempered_softmax", SoftmaxOperators),
+    "optimal_temperature": ("tempnet_kernels.ops.optimal_temperature", TemperatureOperators),
 }
 
 

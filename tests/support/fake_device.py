@@ -10,18 +10,20 @@ from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from tempnet_kernels import _linear, _products, _ranks, _register, _similarity
+from tempnet_kernels.chunked import dro_contrastive as tiles
+from tempnet_kernels.chunked import linear_dro_cross_entropy as chunked_linear
+from tempnet_kernels.core import collectives, matmul, pairs, register
 
 GPU = "gpu"
-LOOPS = {
-    "linear_dro_cross_entropy_fwd": "_linear",
-    "dro_contrastive_stats": "_similarity",
-    "dro_contrastive_grad": "_similarity",
+CHUNKED = {
+    "linear_dro_cross_entropy_fwd": "linear_dro_cross_entropy",
+    "dro_contrastive_stats": "dro_contrastive",
+    "dro_contrastive_grad": "dro_contrastive",
 }
 N, V, D, B = 64, 96, 24, 40
 # Of two processes whose collectives do nothing.
 GROUP = types.SimpleNamespace(rank=lambda: 1, size=lambda: 2)
-RANKS = _ranks.Ranks(GROUP, 1, (B, B), 2 * B)
+RANKS = pairs.Ranks(GROUP, 1, (B, B), 2 * B)
 aten = torch.ops.aten
 
 
@@ -69,9 +71,9 @@ WATCH = Watch()
 def operator(name, backend):
     """The overload; its own code where that is Python, which the fakes leave out."""
     if backend == "reference":
-        return _register._lazy(name, f"reference.{_register._modules[name]}")
-    if name in LOOPS:
-        return _register._lazy(name, LOOPS[name], backend)
+        return register._lazy(name, f"reference.{register._modules[name]}")
+    if name in CHUNKED:
+        return register._lazy(name, f"chunked.{CHUNKED[name]}", backend)
     return getattr(getattr(torch.ops.tempnet, name), backend)
 
 
@@ -95,9 +97,9 @@ def pretend():
     library = torch.library.Library("_", "IMPL")
     library.fallback(torch.library.fallthrough_kernel, "AutocastPrivateUse1")
     KEPT.append(library)
-    _register.missing = lambda *_: None
-    _register.operator = operator
-    _products.WIDE_PRODUCTS.add(GPU)
+    register.missing = lambda *_: None
+    register.operator = operator
+    matmul.WIDE_PRODUCTS.add(GPU)
     for name, module in list(sys.modules.items()):
         if name.startswith("tempnet_kernels."):
             if hasattr(module, "_op"):
@@ -109,12 +111,12 @@ def pretend():
                     table[GPU] = table["cuda"]
             if hasattr(module, "several"):
                 module.several = lambda _, group: group
-    _ranks._all_gather = _ranks._reduce_scatter = lambda to, x, group: to.fill_(0)
+    collectives.all_gather_into = collectives.reduce_scatter_into = lambda to, x, group: to.fill_(0)
     torch.distributed.all_reduce = lambda *_, **__: None
     # Several tiles, several blocks of the fold.
-    _similarity.TILE_ROWS[GPU], _similarity.TILE_BYTES[GPU] = 16, 1
-    _similarity.POSITIVE_BYTES[GPU] = 16 * D * 4
-    _linear.FOLD_BYTES[GPU] = 4 * 32 * 40
+    tiles.TILE_ROWS[GPU], tiles.TILE_BYTES[GPU] = 16, 1
+    tiles.POSITIVE_BYTES[GPU] = 16 * D * 4
+    chunked_linear.FOLD_BYTES[GPU] = 4 * 32 * 40
 
 
 KEPT = []

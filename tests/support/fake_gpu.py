@@ -28,7 +28,7 @@ from tempnet_kernels.nn import (
     TempNetCausalLMLoss,
     TempNetCrossEntropyLoss,
 )
-from tempnet_kernels.nn.dro_contrastive import METHODS
+from tempnet_kernels.nn.contrastive_methods import METHODS
 
 CASES = {}
 
@@ -199,7 +199,7 @@ def robust(method, train, group):
     return value, loss.temperature_stats(), backward(value, *leaves), loss.state_dict()
 
 
-@case(method=METHODS[1:])
+@case(method=list(METHODS)[1:])
 def official(method):
     loss = robust_loss(method, estimator="official", backend="reference")
     leaves = [randn(B, D), randn(B, D), *loss.parameters()]

@@ -11,8 +11,8 @@ def features(b=B):
     return contrastive.features(b, D)
 
 
-def make(method="tempnet", samples=SAMPLES, **options):
+def make(method="tempnet", samples=SAMPLES, rho=1.0, **options):
     if method == "tempnet":
         for i, side in enumerate(("image", "text")):
             options.setdefault(f"{side}_temp_gen", ContrastiveTempNet(D, num_prototypes=8, seed=i))
-    return RobustContrastiveLoss(samples, method=method, **options)
+    return RobustContrastiveLoss(samples, rho=rho, method=method, **options)

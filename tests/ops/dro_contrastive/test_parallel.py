@@ -10,7 +10,8 @@ from backends import CPU_BACKENDS
 from compare import counted_flops
 from processes import EVEN, UNEVEN, error_of
 
-from tempnet_kernels import ContrastiveStats, _similarity, dro_contrastive
+from tempnet_kernels import ContrastiveStats, dro_contrastive
+from tempnet_kernels.chunked import dro_contrastive as tiles
 from tempnet_kernels.nn import RobustContrastiveLoss
 
 D = 16
@@ -30,8 +31,8 @@ def by_rank(sizes, **arguments):
 def visit_tiles(group, tile_rows, *args):
     """``visit`` in tiles of up to 512 columns."""
     with (
-        mock.patch.dict(_similarity.TILE_ROWS, cpu=tile_rows),
-        mock.patch.dict(_similarity.TILE_BYTES, cpu=1),
+        mock.patch.dict(tiles.TILE_ROWS, cpu=tile_rows),
+        mock.patch.dict(tiles.TILE_BYTES, cpu=1),
     ):
         return visit(group, *args)
 
@@ -213,7 +214,7 @@ def test_a_group_of_some_ranks_of_the_world(gloo):
 
 def work(group, b):
     image, text = contrastive.features(b // group.size(), 64)
-    with counted_flops(_similarity, "dro_contrastive_stats", "dro_contrastive_grad") as flops:
+    with counted_flops(tiles, "dro_contrastive_stats", "dro_contrastive_grad") as flops:
         dro_contrastive(image, text, 0.1, 0.1, process_group=group).backward()
     return sum(flops)
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 from contrastive import RHO, leaves, make, states
 
-from tempnet_kernels import _register, dro_contrastive
+from tempnet_kernels import dro_contrastive
+from tempnet_kernels.core import register
 
 
 def test_opcheck(backend):
@@ -42,7 +43,7 @@ def test_opcheck(backend):
 
 
 def test_compiles_without_a_graph_break(backend, monkeypatch):
-    monkeypatch.setattr(_register, "_available", {})  # as in the first call of a process
+    monkeypatch.setattr(register, "_available", {})  # as in the first call of a process
 
     def step(image, text, a, c):
         return dro_contrastive(image, text, a, c, RHO, backend=backend)

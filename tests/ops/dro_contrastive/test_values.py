@@ -1,7 +1,6 @@
 """The contrastive loss against its definition in float64."""
 
 import math
-import sys
 
 import pytest
 import torch
@@ -9,10 +8,11 @@ import torch.nn.functional as F
 from backends import native_levels
 from contrastive import NAMES, RHO, check, leaves, make, states
 
-from tempnet_kernels import _similarity, dro_contrastive
+from tempnet_kernels import dro_contrastive
+from tempnet_kernels.chunked import dro_contrastive as tiles
+from tempnet_kernels.ops import dro_contrastive as MODULE
 from tempnet_kernels.reference.official import official_contrastive
 
-MODULE = sys.modules["tempnet_kernels.dro_contrastive"]
 # Backends with weights of 16 bits.
 NARROW = ["triton", "emulated"] + ["native"] * torch.cuda.is_available()
 
@@ -57,7 +57,7 @@ def test_weights_of_16_bits_as_on_a_gpu(
     wide_products, small_tiles, monkeypatch, backend, dtype, keep_bytes
 ):
     monkeypatch.setattr(MODULE, "KEEP_BYTES", keep_bytes)
-    dtypes, original = set(), _similarity._op
+    dtypes, original = set(), tiles._op
 
     def op(name, backend):
         function = original(name, backend)
@@ -68,7 +68,7 @@ def test_weights_of_16_bits_as_on_a_gpu(
 
         return seen if name == "similarity_weights_" else function
 
-    monkeypatch.setattr(_similarity, "_op", op)
+    monkeypatch.setattr(tiles, "_op", op)
     for m in (67, 96, 65):  # ragged, aligned, a tile of one row
         check(make(m, dtype=dtype), backend, gamma=0.8, log_s=states(m))
     assert dtypes == {dtype}

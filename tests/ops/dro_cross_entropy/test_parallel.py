@@ -12,7 +12,10 @@ from backends import CPU_BACKENDS, DTYPES
 from processes import error_of
 from vocabulary import RHO, check, expected, make, own_columns, visit
 
-from tempnet_kernels import _ranks, _vocabulary, dro_cross_entropy
+from tempnet_kernels import dro_cross_entropy
+from tempnet_kernels.chunked import dro_cross_entropy as sharded
+from tempnet_kernels.core import collectives
+from tempnet_kernels.core.fields import TokenOptions
 from tempnet_kernels.nn import DROCrossEntropyLoss, TempNet, TempNetCrossEntropyLoss
 
 INF = math.inf
@@ -112,7 +115,7 @@ def test_fp16_gradients_survive_a_normalizer_that_underflows(gloo):
 
 def exchanged(group, dtype, return_stats, reduction):
     """Bytes of each collective of a step, by rank."""
-    sizes, own = [], _ranks._all_gather
+    sizes, own = [], collectives.all_gather_into
 
     def count(gathered, x, group):
         sizes.append(x.numel() * x.element_size())
@@ -120,7 +123,7 @@ def exchanged(group, dtype, return_stats, reduction):
 
     logits, target, *_ = make(100, 64, dtype)
     leaf = own_columns(logits, group).clone().requires_grad_()
-    with mock.patch.object(_ranks, "_all_gather", count):
+    with mock.patch.object(collectives, "all_gather_into", count):
         out = dro_cross_entropy(
             leaf, target, return_stats=return_stats, reduction=reduction, process_group=group
         )
@@ -268,16 +271,16 @@ def test_unlike_numbers_of_columns_raise_on_every_rank(gloo, backend):
 
 def test_unlike_numbers_of_columns_make_nan_where_nothing_waits_for_the_device(monkeypatch):
     """As on a GPU: the check that raises is left out."""
-    monkeypatch.setattr(_vocabulary, "_check_widths", lambda widths: None)
+    monkeypatch.setattr(sharded, "_check_widths", lambda widths: None)
 
     def other_rank_has_one_less(parts, argmax, v, group):
         return torch.stack([parts] * 2), torch.stack([argmax] * 2), torch.tensor([v, v - 1])
 
-    monkeypatch.setattr(_vocabulary, "_exchange", other_rank_has_one_less)
+    monkeypatch.setattr(sharded, "_exchange", other_rank_has_one_less)
     logits, target, tau, weight = make()
     group = mock.Mock(**{"rank.return_value": 0, "size.return_value": 2})
-    loss, rows, argmax = _vocabulary.sharded_fwd(
-        "native", logits, target, tau, weight, RHO, -100, 0.0, 0.0, group, True
+    loss, rows, argmax = sharded.sharded_fwd(
+        "native", logits, target, tau, weight, TokenOptions(RHO, -100, 0.0, 0.0), group, True
     )
     live = target != -100
     assert loss[live].isnan().all() and rows[:2, live].isnan().all() and (argmax == -1).all()

@@ -10,7 +10,9 @@ import torch
 from backends import CPU_BACKENDS, DTYPES
 from vocabulary import RHO, make
 
-from tempnet_kernels import _register, _vocabulary
+from tempnet_kernels.chunked import dro_cross_entropy as sharded
+from tempnet_kernels.core import register
+from tempnet_kernels.core.fields import TokenOptions, TokenPart
 
 
 @pytest.fixture
@@ -30,7 +32,7 @@ def op(request):
         operators = emulated.Operators(request.getfixturevalue("emulator"))
         operators.multiprocessors = 132 if "slices" in request.param else 1
         return lambda name: operators(name, "native")
-    return lambda name: _register.operator(name, request.param)
+    return lambda name: register.operator(name, request.param)
 
 
 @pytest.mark.parametrize("label_smoothing, want_argmax", [(0.0, False), (0.0, True), (0.1, True)])
@@ -41,7 +43,7 @@ def test_merged_parts_are_the_fused_result(op, dtype, v, label_smoothing, want_a
     for int32 targets."""
     logits, target, tau, scale = make(3, v, dtype)
     options = -100, label_smoothing, 1e-2
-    fused = _register.operator("dro_cross_entropy_fwd", "reference")
+    fused = register.operator("dro_cross_entropy_fwd", "reference")
     plain = fused(logits.float(), target, tau, scale, RHO, *options, True, want_argmax)
     exact = fused(
         logits.double(),
@@ -63,13 +65,12 @@ def test_merged_parts_are_the_fused_result(op, dtype, v, label_smoothing, want_a
             )
             for z, place in zip(shards, columns, strict=True)
         ]
-        loss, rows, argmax = _vocabulary.merged(
+        loss, rows, argmax = sharded.merged(
             *map(torch.stack, zip(*parts, strict=True)),
             target,
             tau,
             scale,
-            RHO,
-            *options,
+            TokenOptions(RHO, *options),
             v,
         )
         got, want, close = ((x[1], *lse_first(x[2])) for x in ((0, loss, rows), exact, plain))
@@ -105,7 +106,7 @@ def test_targets_of_parts_on_a_gpu_are_nan_where_they_are_of_none(emulator):
     parts, argmax = operators.dro_cross_entropy_stats(logits, target, tau, -100, 40, 80, True, True)
     assert parts.isnan().all(0).tolist() == [False, True, True, True, False]
     assert argmax.tolist()[1:4] == [-1] * 3 and (argmax[[0, 4]] >= 40).all()
-    assert (parts[_vocabulary.Z_Y, [0, 4]] == -math.inf).all()  # their columns are the other rank's
+    assert (parts[TokenPart.Z_Y, [0, 4]] == -math.inf).all()  # their columns are the other rank's
     grad = operators.dro_cross_entropy_bwd(
         logits, target, tau, scale, torch.zeros(6, 5), -100, 0.0, 0.0, 40, 80
     )

@@ -2,7 +2,6 @@
 a sharded first layer, against one process."""
 
 import copy
-import sys
 from unittest import mock
 
 import linear_step
@@ -15,11 +14,12 @@ from processes import error_of
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 
-from tempnet_kernels import _ranks, linear_dro_cross_entropy
+from tempnet_kernels import linear_dro_cross_entropy
+from tempnet_kernels.core import collectives
 from tempnet_kernels.nn import TempNet, TempNetCausalLMLoss, TempNetCrossEntropyLoss
+from tempnet_kernels.ops import linear_dro_cross_entropy as linear
 
 V = 120
-linear = sys.modules["tempnet_kernels.linear_dro_cross_entropy"]
 
 
 def own(x, group, dim=0):
@@ -125,10 +125,10 @@ def exchanged(group, tensors, target, net):
         return call
 
     net.shard(group)
-    gather, reduce = _ranks._all_gather, _ranks.dist.all_reduce
+    gather, reduce = collectives.all_gather_into, collectives.dist.all_reduce
     with (
-        mock.patch.object(_ranks, "_all_gather", counted(gather)),
-        mock.patch.object(_ranks.dist, "all_reduce", counted(reduce)),
+        mock.patch.object(collectives, "all_gather_into", counted(gather)),
+        mock.patch.object(collectives.dist, "all_reduce", counted(reduce)),
     ):
         linear_dro_cross_entropy(
             tensors[0], own(tensors[1], group), target, tempnet=net, process_group=group

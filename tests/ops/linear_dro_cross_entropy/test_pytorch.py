@@ -8,7 +8,8 @@ from backends import BACKENDS
 from linear_step import assert_same, gradients, make, step
 from torch.utils.checkpoint import checkpoint
 
-from tempnet_kernels import _linear, linear_dro_cross_entropy
+from tempnet_kernels import linear_dro_cross_entropy
+from tempnet_kernels.chunked import linear_dro_cross_entropy as chunked_linear
 from tempnet_kernels.nn import TempNet
 
 
@@ -49,7 +50,7 @@ def test_opcheck(backend, dtype, device):
                 getattr(ops.linear_dro_cross_entropy_fwd, backend),
                 (
                     hidden, weight, weight[:, 0].contiguous(), target, tau, scale, network, None,
-                    *numbers, 0.0, 0.5, 2.0, False, fold, 4, False, wants, want_argmax,
+                    wants, want_argmax, *numbers, 0.0, 0.5, 2.0, False, fold, 4, False,
                 ),
             )  # fmt: skip
 
@@ -125,15 +126,16 @@ def test_does_not_read_results_on_the_host(reduction):
 
 def test_the_loop_does_not_read_results_on_the_host(monkeypatch):
     """The operator's loop itself, which fake tensors do not reach through the operator."""
-    monkeypatch.setattr(_linear, "check_target", lambda *args: None)  # it reads CPU tensors only
+    # It reads CPU tensors only.
+    monkeypatch.setattr(chunked_linear, "check_target", lambda *args: None)
     with torch._subclasses.FakeTensorMode():
         hidden, weight, tau, scale = (torch.empty(s) for s in ((6, 8), (40, 8), 6, 6))
         target, net = torch.empty(6, dtype=torch.int64), TempNet(40)
         tensors = [net.proj[0].weight, *net.head(torch.float32)]
         with torch.no_grad():
-            *_, grads = _linear.linear_dro_cross_entropy_fwd(
-                "reference", hidden, weight, None, target, tau, scale, tensors, None, 0.5, -100,
-                0.1, 0.01, 0.0, 0.5, 2.0, True, True, 4, False, [True] * 5, True,
+            *_, grads = chunked_linear.linear_dro_cross_entropy_fwd(
+                "reference", hidden, weight, None, target, tau, scale, tensors, None, [True] * 5,
+                True, 0.5, -100, 0.1, 0.01, 0.0, 0.5, 2.0, True, True, 4, False,
             )  # fmt: skip
         assert [g.shape for g in grads] == [t.shape for t in tensors]
 

@@ -2,7 +2,6 @@
 and without a TempNet, folded and direct, in chunks."""
 
 import copy
-import sys
 
 import linear_step
 import pytest
@@ -15,9 +14,9 @@ from compare import (
 )
 from linear_loss import RHO, check, gradients, layer, network, ours, plain
 
-from tempnet_kernels import _linear, dro_cross_entropy, linear_dro_cross_entropy
-
-linear = sys.modules["tempnet_kernels.linear_dro_cross_entropy"]
+from tempnet_kernels import dro_cross_entropy, linear_dro_cross_entropy
+from tempnet_kernels.chunked import linear_dro_cross_entropy as chunked_linear
+from tempnet_kernels.ops import linear_dro_cross_entropy as linear
 
 
 @pytest.fixture(params=["folded", "direct"])
@@ -169,7 +168,7 @@ def test_folding_is_chosen_by_its_cost():
 
 def products(function):
     """Multiply-adds of the matrix products, in units of 2 flops."""
-    with counted_flops(_linear, "linear_dro_cross_entropy_fwd") as flops:
+    with counted_flops(chunked_linear, "linear_dro_cross_entropy_fwd") as flops:
         function()
     return sum(flops) / 2
 
@@ -339,7 +338,7 @@ def test_row_moments(backend, v, center, dtype, request):
     logits[1, v // 2 :] = -torch.inf
     logits[2, : v - v // 3] = -torch.inf
     logits[3, v // 2] = torch.nan
-    operator = _linear._op("row_moments", backend)
+    operator = chunked_linear._op("row_moments", backend)
     shift, squares, total, count = operator(logits, center)
     z = logits.double()
     counted = z != -torch.inf
@@ -358,7 +357,7 @@ def test_row_moments(backend, v, center, dtype, request):
 def test_row_moments_of_one_value(backend, value):
     logits = torch.full((2, 50), value)
     logits[0, 7] = 3.0
-    operator = _linear._op("row_moments", backend)
+    operator = chunked_linear._op("row_moments", backend)
     shift, squares, _, count = operator(logits, True)
     if value == -torch.inf:
         assert (shift[0], squares[0], count[0]) == (3, 0, 1)
@@ -372,7 +371,7 @@ def test_gradient_of_each_row_in_tau_or_weight_makes_no_logits_again(of):
     hidden, weight, target, _ = linear_step.make("cpu")
     options = {"tau": torch.rand(6) + 0.5, "row_weight": torch.rand(6)}
     options[of].requires_grad_()
-    with counted_flops(_linear, "linear_dro_cross_entropy_fwd") as flops:
+    with counted_flops(chunked_linear, "linear_dro_cross_entropy_fwd") as flops:
         loss = linear_dro_cross_entropy(
             hidden, weight, target, rho=0.5, reduction="none", **options
         )

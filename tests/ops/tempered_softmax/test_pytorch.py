@@ -7,7 +7,8 @@ from compare import assert_graph_replays
 from tempered import FUNCTIONS, logarithm, make, run
 from torch.utils.checkpoint import checkpoint
 
-from tempnet_kernels import _register, tempered_log_softmax, tempered_softmax
+from tempnet_kernels import tempered_log_softmax, tempered_softmax
+from tempnet_kernels.core import register
 
 registered = pytest.mark.parametrize("name", BACKENDS)
 
@@ -55,7 +56,7 @@ def test_opcheck(name, dtype, log, device):
 def test_compile_fullgraph_dynamic(name, compiler, device, monkeypatch):
     if compiler == "inductor" and name != "native":
         pytest.skip("inductor sees the same graph for every backend; one is enough")
-    monkeypatch.setattr(_register, "_available", {})  # as in the first call of a process
+    monkeypatch.setattr(register, "_available", {})  # as in the first call of a process
 
     def function(z, t):
         z = z * 1.0

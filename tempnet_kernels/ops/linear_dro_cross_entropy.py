@@ -2,185 +2,43 @@
 function.
 
 With z = W h + b for a row h, and tau given or predicted by a TempNet from z, the loss is that of
-:mod:`tempnet_kernels.dro_cross_entropy`. A chunk of rows at a time: logits, temperatures, loss, the
-logits' gradient in their place, then d hidden = dz W and d weight += dz^T h. Three matrix products,
-nothing is computed twice. The TempNet's first layer is folded into the linear one: W1 z =
+:mod:`tempnet_kernels.ops.dro_cross_entropy`. A chunk of rows at a time: logits, temperatures, loss,
+the logits' gradient in their place, then d hidden = dz W and d weight += dz^T h. Three matrix
+products, nothing is computed twice. The TempNet's first layer is folded into the linear one: W1 z =
 (W1 W) h + W1 b, a product of width D instead of V.
 """
 
-import functools
 import math
 
 import torch
 
-from tempnet_kernels import _linear, _register
-from tempnet_kernels._checks import (
+from tempnet_kernels.chunked import linear_dro_cross_entropy as chunked
+from tempnet_kernels.chunked.dro_cross_entropy import columns_of
+from tempnet_kernels.core import register
+from tempnet_kernels.core.checks import (
+    check_floats,
     check_has_float64,
     check_like,
+    first_backward,
     once_differentiable,
+    radius,
     temperatures,
 )
-from tempnet_kernels._products import unit_of
-from tempnet_kernels._ranks import all_gather, several
-from tempnet_kernels._vocabulary import columns_of
-from tempnet_kernels.dro_cross_entropy import (
-    GRAD_TAU,
-    LOSS,
-    ROWS,
+from tempnet_kernels.core.collectives import all_gather, outside_graphs, several
+from tempnet_kernels.core.fields import (
+    LinearOptions,
+    LinearWants,
+    Moments,
+    TokenRow,
     accumulation_dtype,
-    check_arguments,
-    row_scale,
-    token_stats,
 )
-from tempnet_kernels.nn.tempnet import TempNet
-
-# What backend="auto" takes per device type: the first that is built.
-AUTO = {"cpu": ("native",), "cuda": ("native", "triton")}
+from tempnet_kernels.core.matmul import unit_of
+from tempnet_kernels.ops.token_rows import check_arguments, row_scale, token_stats
 
 # Bytes of a chunk's logits. Every chunk adds to the weight's gradient, which is read and written in
 # float32 each time: without that gradient a chunk can be smaller.
 CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 CHUNK_BYTES_WITHOUT_WEIGHT = {"cpu": 64 << 20, "cuda": 128 << 20}
-
-
-def _fake_row_moments(logits, center):
-    return logits.new_empty((4, logits.shape[0]), dtype=accumulation_dtype(logits.dtype))
-
-
-def _fake_fwd(
-    hidden, weight, bias, target, tau, scale, tempnet, keep, rho, ignore_index, label_smoothing,
-    z_loss, softcap, tau_min, tau_max, center, fold, chunk_rows, drop_ignored, wants, want_argmax,
-):  # fmt: skip
-    (n, d), v = hidden.shape, weight.shape[0]
-    acc = scale.dtype
-    want_hidden, want_weight, want_bias, want_w1, want_head = wants
-    grad_dtype = acc if hidden.dtype == torch.float16 else hidden.dtype
-    grads = []
-    if want_w1 or want_head:
-        shapes = [tempnet[0].shape if want_w1 else (0, 0), *(p.shape for p in tempnet[1:])]
-        grads = [scale.new_empty(shape) for shape in shapes]
-    return (
-        scale.new_empty(n),
-        scale.new_empty((ROWS, n)),
-        target.new_empty(n if want_argmax else 0, dtype=torch.int64),
-        scale.new_empty(n),
-        hidden.new_empty((n if want_hidden else 0, d)),
-        weight.new_empty((v if want_weight else 0, d), dtype=grad_dtype),
-        weight.new_empty(v if want_bias else 0, dtype=grad_dtype),
-        grads,
-    )
-
-
-# logits [N, V] with column stride 1 -> [4, N] in the accumulation dtype: shift (the largest logit
-# with ``center``, else 0), and over the columns that are not -inf the sum of (z - shift)^2, of
-# z - shift, and the number of columns. Without ``center`` the last two are 0.
-_register.define(
-    "row_moments(Tensor logits, bool center) -> Tensor",
-    _fake_row_moments,
-    "linear_dro_cross_entropy",
-)
-# hidden [N, D], weight [V, D], bias [V] of one dtype; target, tau (not read with a TempNet) and
-# scale [N] as in dro_cross_entropy_fwd. tempnet: W1 [H, V], b1, W2, b2, scaler, last.weight,
-# last.bias, or nothing; keep: [N, H] dropout factors. wants: the gradients of hidden, of weight, of
-# bias, of W1, of the other six. Returns scale * loss [N], rows [6, N], argmax, the
-# temperatures [N] (NaN in ignored rows), and the gradients; for float16 that of hidden lacks the
-# factor scale of its row, those of weight and bias the factor unit_of(scale). The TempNet's are in
-# the accumulation dtype.
-_register.define(
-    "linear_dro_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, "
-    "Tensor tau, Tensor scale, Tensor[] tempnet, Tensor? keep, float rho, int ignore_index, "
-    "float label_smoothing, float z_loss, float softcap, float tau_min, float tau_max, "
-    "bool center, bool fold, int chunk_rows, bool drop_ignored, bool[] wants, bool want_argmax) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
-    _fake_fwd,
-    "linear_dro_cross_entropy",
-    loop="_linear",
-)
-_register.load_native()
-
-_op = _register.operator
-
-
-def _fwd(backend, group, *args):
-    if group is None:
-        return _op("linear_dro_cross_entropy_fwd", backend)(*args)
-    with torch.autocast(args[0].device.type, enabled=False):  # as an operator is called
-        return _linear.linear_dro_cross_entropy_fwd(backend, *args, group)
-
-
-class _LinearDROCrossEntropy(torch.autograd.Function):
-    """(hidden, weight, bias, tau, scale, TempNet) -> the sum of scale * loss, or with ``each_row``
-    scale * loss [N]; rows, argmax and temperatures without a gradient."""
-
-    @staticmethod
-    def forward(
-        hidden, weight, bias, tau, scale, target, keep, options, wants, want_argmax, each_row,
-        backend, group, *tempnet,
-    ):  # fmt: skip
-        # The gradients of each row's loss are made in the backward, which knows their factors.
-        now = [wanted and not each_row for wanted in wants]
-        loss, rows, argmax, taus, *grads, grads_tempnet = _fwd(
-            backend, group, hidden, weight, bias, target, tau, scale, list(tempnet), keep, *options,
-            now, want_argmax,
-        )  # fmt: skip
-        return loss if each_row else loss.sum(), rows, argmax, taus, *grads, *grads_tempnet
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        (
-            hidden, weight, bias, tau, scale, target, keep, ctx.options, ctx.wants, _, ctx.each_row,
-            ctx.backend, ctx.group, *tempnet,
-        ) = inputs  # fmt: skip
-        _, rows, argmax, taus, *grads = output
-        ctx.mark_non_differentiable(rows, argmax, taus, *grads)
-        ctx.set_materialize_grads(False)
-        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, *tempnet)]
-        if ctx.each_row:
-            grads = [hidden, weight, bias, tau, target, keep, *tempnet] if any(ctx.wants) else []
-        ctx.save_for_backward(rows, scale, *grads)
-
-    @staticmethod
-    @once_differentiable("linear_dro_cross_entropy")
-    def backward(ctx, grad_loss, *_):
-        rows, scale, *grads = ctx.saved_tensors
-        needed = ctx.needs_input_grad
-        if grad_loss is None:
-            return (None,) * len(needed)
-        factor, row_scale = grad_loss, scale
-        if ctx.each_row:
-            factor, row_scale = scale.new_ones(()), grad_loss * scale
-        if ctx.each_row and any(ctx.wants):
-            hidden, weight, bias, tau, target, keep, *tempnet = grads
-            *_, grad_hidden, grad_weight, grad_bias, grads_tempnet = _fwd(
-                ctx.backend, ctx.group, hidden, weight, bias, target, tau, row_scale, tempnet, keep,
-                *ctx.options, ctx.wants, False,
-            )  # fmt: skip
-            grads = [grad_hidden, grad_weight, grad_bias, *grads_tempnet]
-        factors = [factor] * len(grads)
-        if ctx.dtypes[0] == torch.float16:
-            unit = factor * unit_of(row_scale)
-            factors[:3] = [factor * row_scale, unit, unit]
-        wanted = (*needed[:3], *needed[13:])
-        finished = [
-            _times(grad, by, dtype, ctx.backend) if want else None
-            for grad, by, dtype, want in zip(grads, factors, ctx.dtypes, wanted, strict=False)
-        ]
-        finished += [None] * (len(wanted) - len(finished))  # no gradient of the TempNet is wanted
-        grad_tau = grad_loss * rows[GRAD_TAU] if needed[3] else None
-        grad_scale = grad_loss * rows[LOSS] if needed[4] else None
-        return *finished[:3], grad_tau, grad_scale, *[None] * 8, *finished[3:]
-
-
-# A graph of torch.compile breaks here: it has no collectives.
-_apply_across_ranks = torch.compiler.disable(_LinearDROCrossEntropy.apply)
-
-
-def _times(grad, factor, dtype, backend):
-    """``grad * factor`` in ``dtype``. Writing to the saved tensor also makes a second backward
-    raise."""
-    by_rows = grad if grad.dim() == 2 else grad[None]
-    _op("scale_rows_", backend)(by_rows, factor.expand(by_rows.shape[0]))
-    return grad.to(dtype)
 
 
 def linear_dro_cross_entropy(
@@ -190,7 +48,7 @@ def linear_dro_cross_entropy(
     *,
     tempnet=None,
     tau=1.0,
-    rho=0.0,
+    rho=None,
     bias=None,
     row_weight=None,
     normalizer=None,
@@ -226,7 +84,9 @@ def linear_dro_cross_entropy(
             head, ``(W1 weight) h``, at the cost of width D for V.
         tau: without a TempNet, the temperature: a number, a 0-d tensor or one of the target's
             shape, which gets a gradient.
-        rho, row_weight, normalizer, ignore_index, label_smoothing, z_loss, reduction: as in
+        rho: KL radius >= 0 in nats, as in :func:`tempnet_kernels.dro_cross_entropy`; with a tempnet
+            it must be given.
+        row_weight, normalizer, ignore_index, label_smoothing, z_loss, reduction: as in
             :func:`tempnet_kernels.dro_cross_entropy`.
         bias: ``[V]`` of the same dtype; -inf switches a column off.
         softcap: c > 0: the logits are ``c * tanh(z / c)`` (Gemma). It keeps a second chunk, and the
@@ -270,24 +130,25 @@ def linear_dro_cross_entropy(
 
 def loss_and_temperatures(hidden, weight, target, tempnet, **options):
     """(the public function's result, temperatures of the target's shape)."""
-    call = functools.partial(_loss, hidden, weight, target, **options)
     if tempnet is None:
-        return call(None)
-    if not isinstance(tempnet, TempNet):
+        return _loss(hidden, weight, target, None, **options)
+    if not hasattr(tempnet, "kernel_parameters"):
         raise TypeError(
             f"linear_dro_cross_entropy: tempnet must be a TempNet, got {type(tempnet).__name__}"
         )
-    return tempnet(inside=call)
+    return tempnet.within(lambda network: _loss(hidden, weight, target, network, **options))
 
 
 def _loss(
-    hidden, weight, target, tempnet, *, rho, bias=None, tau=1.0, row_weight=None, normalizer=None,
-    ignore_index=-100, label_smoothing=0.0, z_loss=0.0, reduction="mean", softcap=None,
-    chunk_rows=None, drop_ignored=None, return_stats=False, process_group=None, backend="auto",
+    hidden, weight, target, tempnet, *, rho=None, bias=None, tau=1.0, row_weight=None,
+    normalizer=None, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, reduction="mean",
+    softcap=None, chunk_rows=None, drop_ignored=None, return_stats=False, process_group=None,
+    backend="auto",
 ):  # fmt: skip
     """Within the forward of ``tempnet``."""
     name = "linear_dro_cross_entropy"
-    for argument, value in (("hidden", hidden), ("weight", weight), ("bias", bias)):
+    check_floats(name, "hidden", hidden)
+    for argument, value in (("weight", weight), ("bias", bias)):
         if not isinstance(value, torch.Tensor) and (argument != "bias" or bias is not None):
             raise TypeError(f"{name}: {argument} must be a tensor, got {type(value).__name__}")
     device = hidden.device
@@ -303,7 +164,7 @@ def _loss(
     _check_layer(name, hidden, weight, bias, tau, softcap, chunk_rows, tempnet, group)
     v, d = weight.shape
     acc = accumulation_dtype(hidden.dtype)
-    chosen = _register.pick(name, "row_moments", backend, AUTO, device)
+    chosen = register.pick(name, "row_moments", backend, device)
     check_has_float64(name, "hidden", hidden, chosen)
 
     flat = hidden.reshape(-1, d)  # (N, D)
@@ -316,23 +177,27 @@ def _loss(
         return torch.is_grad_enabled() and x is not None and x.requires_grad
 
     tensors, keep, bounds, center, fold = [], None, (0.0, 0.0), False, False
+    learner = "tau" if wanted(rows_tau) else None
     if tempnet is not None:
-        tensors = [tempnet.proj[0].weight, *tempnet.head(acc)]
+        learner = "a tempnet"
+        tensors = tempnet.kernel_parameters(acc)
         keep = tempnet.dropout_factors((n, tensors[1].shape[0]), device, acc)
         bounds, center = (tempnet.tau_min, tempnet.tau_max), tempnet.center == "max"
         fold = not softcap and folding_pays(n, v, d)
-    wants = [wanted(hidden), wanted(weight), wanted(bias)]
-    wants += [wanted(tensors[0]), any(map(wanted, tensors[1:]))] if tensors else [False, False]
+    wants = LinearWants(
+        wanted(hidden), wanted(weight), wanted(bias),
+        w1=any(map(wanted, tensors[:1])), head=any(map(wanted, tensors[1:])),
+    )  # fmt: skip
     if chunk_rows is None:
-        budget = (CHUNK_BYTES if wants[1] else CHUNK_BYTES_WITHOUT_WEIGHT)[device.type]
+        budget = (CHUNK_BYTES if wants.weight else CHUNK_BYTES_WITHOUT_WEIGHT)[device.type]
         chunk_rows = max(1, budget // (v * hidden.element_size()))
     if drop_ignored is None:
         drop_ignored = device.type == "cpu"
     if group is not None and device.type == "cpu":
         _check_same_on_every_rank(name, group, v, d, n, chunk_rows, *wants)
-    options = (
-        float(rho), ignore_index, float(label_smoothing), float(z_loss), float(softcap or 0),
-        *bounds, center, fold, chunk_rows, drop_ignored,
+    options = LinearOptions(
+        radius(name, rho, learner), ignore_index, float(label_smoothing), float(z_loss),
+        float(softcap or 0), *bounds, center, fold, chunk_rows, drop_ignored,
     )  # fmt: skip
     apply = _LinearDROCrossEntropy.apply if group is None else _apply_across_ranks
     loss, rows, argmax, taus, *_ = apply(
@@ -384,7 +249,11 @@ def _check_layer(name, hidden, weight, bias, tau, softcap, chunk_rows, tempnet, 
     if tempnet is None:
         return
     if isinstance(tau, torch.Tensor) or tau != 1.0:
-        raise ValueError(f"{name}: tau must be left out where a tempnet predicts it, got {tau}")
+        given = f"a tensor of shape {tuple(tau.shape)}" if isinstance(tau, torch.Tensor) else tau
+        raise ValueError(
+            f"{name}: tau must be left out where a tempnet predicts it, got {given}; for "
+            "temperatures of your own leave tempnet out"
+        )
     if tempnet.process_group is not group:
         raise ValueError(
             f"{name}: tempnet must be sharded over process_group, by tempnet.shard(process_group)"
@@ -397,3 +266,143 @@ def _check_layer(name, hidden, weight, bias, tau, softcap, chunk_rows, tempnet, 
         )
     w1 = tempnet.proj[0].weight
     check_like(name, "tempnet.proj[0].weight", w1, tuple(w1.shape), hidden.device)
+
+
+_op = register.operator
+
+
+def _fwd(backend, group, *args):
+    if group is None:
+        return _op("linear_dro_cross_entropy_fwd", backend)(*args)
+    with torch.autocast(args[0].device.type, enabled=False):  # as an operator is called
+        return chunked.linear_dro_cross_entropy_fwd(backend, *args, group=group)
+
+
+_TEMPNET = 13  # where the TempNet's parameters begin in the arguments of the Function
+
+
+class _LinearDROCrossEntropy(torch.autograd.Function):
+    """(hidden, weight, bias, tau, scale, TempNet) -> the sum of scale * loss, or with ``each_row``
+    scale * loss [N]; rows, argmax and temperatures without a gradient."""
+
+    @staticmethod
+    def forward(
+        hidden, weight, bias, tau, scale, target, keep, options, wants, want_argmax, each_row,
+        backend, group, *tempnet,
+    ):  # fmt: skip
+        # The gradients of each row's loss are made in the backward, which knows their factors.
+        now = [wanted and not each_row for wanted in wants]
+        loss, rows, argmax, taus, *grads, grads_tempnet = _fwd(
+            backend, group, hidden, weight, bias, target, tau, scale, list(tempnet), keep, now,
+            want_argmax, *options,
+        )  # fmt: skip
+        return loss if each_row else loss.sum(), rows, argmax, taus, *grads, *grads_tempnet
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        (
+            hidden, weight, bias, tau, scale, target, keep, ctx.options, ctx.wants, _, ctx.each_row,
+            ctx.backend, ctx.group, *tempnet,
+        ) = inputs  # fmt: skip
+        _, rows, argmax, taus, *grads = output
+        ctx.mark_non_differentiable(rows, argmax, taus, *grads)
+        ctx.set_materialize_grads(False)
+        ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, *tempnet)]
+        if ctx.each_row:
+            grads = [hidden, weight, bias, tau, target, keep, *tempnet] if any(ctx.wants) else []
+        ctx.save_for_backward(rows, scale, *grads)
+
+    @staticmethod
+    @once_differentiable("linear_dro_cross_entropy")
+    def backward(ctx, grad_loss, *_):
+        if not ctx.each_row:
+            first_backward("linear_dro_cross_entropy", ctx)
+        rows, scale, *grads = ctx.saved_tensors
+        needed = ctx.needs_input_grad
+        if grad_loss is None:
+            return (None,) * len(needed)
+        factor, row_scale = grad_loss, scale
+        if ctx.each_row:
+            factor, row_scale = scale.new_ones(()), grad_loss * scale
+        if ctx.each_row and any(ctx.wants):
+            hidden, weight, bias, tau, target, keep, *tempnet = grads
+            *_, grad_hidden, grad_weight, grad_bias, grads_tempnet = _fwd(
+                ctx.backend, ctx.group, hidden, weight, bias, target, tau, row_scale, tempnet, keep,
+                ctx.wants, False, *ctx.options,
+            )  # fmt: skip
+            grads = [grad_hidden, grad_weight, grad_bias, *grads_tempnet]
+        factors = [factor] * len(grads)
+        if ctx.dtypes[0] == torch.float16:
+            unit = factor * unit_of(row_scale)
+            factors[:3] = [factor * row_scale, unit, unit]
+        wanted = (*needed[:3], *needed[_TEMPNET:])
+        finished = [
+            _times(grad, by, dtype, ctx.backend) if want else None
+            for grad, by, dtype, want in zip(grads, factors, ctx.dtypes, wanted, strict=False)
+        ]
+        finished += [None] * (len(wanted) - len(finished))  # no gradient of the TempNet is wanted
+        grad_tau = grad_loss * rows[TokenRow.GRAD_TAU] if needed[3] else None
+        grad_scale = grad_loss * rows[TokenRow.LOSS] if needed[4] else None
+        return *finished[:3], grad_tau, grad_scale, *[None] * (_TEMPNET - 5), *finished[3:]
+
+
+_apply_across_ranks = outside_graphs(_LinearDROCrossEntropy.apply)
+
+
+def _times(grad, factor, dtype, backend):
+    """``grad * factor`` in ``dtype``, by writing to ``grad``."""
+    by_rows = grad if grad.dim() == 2 else grad[None]
+    _op("scale_rows_", backend)(by_rows, factor.expand(by_rows.shape[0]))
+    return grad.to(dtype)
+
+
+def _fake_row_moments(logits, center):
+    return logits.new_empty(
+        (Moments.FIELDS, logits.shape[0]), dtype=accumulation_dtype(logits.dtype)
+    )
+
+
+def _fake_fwd(
+    hidden, weight, bias, target, tau, scale, tempnet, keep, wants, want_argmax, *options
+):
+    (n, d), v = hidden.shape, weight.shape[0]
+    acc = scale.dtype
+    want = LinearWants(*wants)
+    grad_dtype = acc if hidden.dtype == torch.float16 else hidden.dtype
+    grads = []
+    if want.tempnet:
+        shapes = [tempnet[0].shape if want.w1 else (0, 0), *(p.shape for p in tempnet[1:])]
+        grads = [scale.new_empty(shape) for shape in shapes]
+    return (
+        scale.new_empty(n),
+        scale.new_empty((TokenRow.FIELDS, n)),
+        target.new_empty(n if want_argmax else 0, dtype=torch.int64),
+        scale.new_empty(n),
+        hidden.new_empty((n if want.hidden else 0, d)),
+        weight.new_empty((v if want.weight else 0, d), dtype=grad_dtype),
+        weight.new_empty(v if want.bias else 0, dtype=grad_dtype),
+        grads,
+    )
+
+
+# logits [N, V] with column stride 1 -> Moments [4, N] in the accumulation dtype.
+register.define(
+    "row_moments(Tensor logits, bool center) -> Tensor",
+    _fake_row_moments,
+    "linear_dro_cross_entropy",
+)
+# hidden [N, D], weight [V, D], bias [V] of one dtype; target, tau (not read with a TempNet) and
+# scale [N] as in dro_cross_entropy_fwd. tempnet: W1 [H, V], b1, W2, b2, scaler, last.weight,
+# last.bias, or nothing; keep: [N, H] dropout factors. wants: LinearWants. Returns
+# scale * loss [N], rows [6, N], argmax, the temperatures [N] (NaN in ignored rows), and the
+# gradients; for float16 that of hidden lacks the factor scale of its row, those of weight and bias
+# the factor unit_of(scale). The TempNet's are in the accumulation dtype.
+register.define(
+    "linear_dro_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, "
+    "Tensor tau, Tensor scale, Tensor[] tempnet, Tensor? keep, bool[] wants, bool want_argmax, "
+    f"{register.arguments(LinearOptions)}) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
+    _fake_fwd,
+    "linear_dro_cross_entropy",
+    chunked=True,
+)

@@ -3,8 +3,9 @@ one elementwise kernel of the backend, never an M x N matrix."""
 
 import torch
 
-from tempnet_kernels import _register
-from tempnet_kernels._products import add_product, multiply, operand
+from tempnet_kernels.core import register
+from tempnet_kernels.core.fields import AnchorParameters, AnchorState
+from tempnet_kernels.core.matmul import add_product, multiply, operand
 
 # Bytes of a tile of similarities in the accumulation dtype. On the CPU a tile and its operands stay
 # in the last-level cache between the product and the elementwise kernel.
@@ -26,7 +27,9 @@ def _tiles(m, n, device, itemsize):
     ]
 
 
-_op = _register.operator
+EMPTY = -1e30  # m where no pair counts; finite, since -inf - -inf is NaN
+
+_op = register.operator
 
 
 def _scale(rows, columns, dtype):
@@ -34,7 +37,8 @@ def _scale(rows, columns, dtype):
     each has 4e-6, a subnormal number, and w may be up to 2 / gamma."""
     if dtype != torch.float16:
         return None
-    largest = rows[2].amax() + columns[2].amax()  # q, which 2^(z a - m) <= 1 multiplies
+    # q, which 2^(z a - m) <= 1 multiplies
+    largest = rows[AnchorParameters.Q].amax() + columns[AnchorParameters.Q].amax()
     scale = torch.exp2(torch.floor(torch.log2(2**14 / largest)))
     return torch.where((largest > 0) & torch.isfinite(scale), scale, 1.0)
 
@@ -48,8 +52,8 @@ def dro_contrastive_stats(
 ):
     m, n = image.shape[0], text.shape[0]
     image, text = operand(image, row_a.dtype), operand(text, row_a.dtype)
-    rows, columns = row_a.new_zeros((5, m)), row_a.new_zeros((5, n))
-    rows[0], columns[0] = -1e30, -1e30
+    rows, columns = (row_a.new_zeros((AnchorState.FIELDS, x)) for x in (m, n))
+    rows[AnchorState.M], columns[AnchorState.M] = EMPTY, EMPTY
     similarity = row_a.new_empty((m, n) if keep else (0, 0))
     tiles = _tiles(m, n, image.device.type, row_a.itemsize)
     buffer = None if keep else _buffer(row_a, row_a.dtype, tiles)
@@ -61,11 +65,11 @@ def dro_contrastive_stats(
             include_positive,
         )  # fmt: skip
     if not ids.numel() and not mask.numel():
-        rows[3] = n - (not include_positive)
+        rows[AnchorState.COUNT] = n - (not include_positive)
         # Not every column is one of these rows' positives: the other ranks have theirs.
-        columns[3] = m
+        columns[AnchorState.COUNT] = m
         if not include_positive:
-            columns[3].index_fill_(0, positive, m - 1)
+            columns[AnchorState.COUNT].index_fill_(0, positive, m - 1)
     return rows, columns, similarity
 
 
@@ -84,7 +88,7 @@ def dro_contrastive_grad(
     rows, columns = _with_scaled_q(rows, scale), _with_scaled_q(columns, scale)
     _add_weighted(
         backend, grad_image if want_image else None, grad_text if want_text else None, image, text,
-        similarity, rows, columns, positive, ids, mask, include_positive,
+        similarity, rows, columns, (positive, ids, mask, include_positive),
     )  # fmt: skip
     if scale is not None:
         grad_image.div_(scale)
@@ -103,10 +107,7 @@ def dro_contrastive_grad(
     return grad_image, grad_text
 
 
-def _add_weighted(
-    backend, grad_image, grad_text, image, text, similarity, rows, columns, positive, ids, mask,
-    include_positive,
-):  # fmt: skip
+def _add_weighted(backend, grad_image, grad_text, image, text, similarity, rows, columns, pairs):
     """Adds W text and W^T image to the gradients that are not None, tile by tile."""
     tiles = _tiles(image.shape[0], text.shape[0], image.device.type, rows.itemsize)
     # The weights have the features' dtype, that of the products' other operand.
@@ -119,9 +120,7 @@ def _add_weighted(
             tile = similarity[r, c]
         else:
             tile = multiply(image[r], text[c].T, _view(tile_buffer, r, c))
-        _op("similarity_weights_", backend)(
-            weights, tile, r.start, c.start, rows, columns, positive, ids, mask, include_positive
-        )
+        _op("similarity_weights_", backend)(weights, tile, r.start, c.start, rows, columns, *pairs)
         if grad_image is not None:
             add_product(grad_image[r], weights, text[c])
         if grad_text is not None:

@@ -5,6 +5,33 @@ import math
 
 import torch
 
+FLOATS = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_floats(function, argument, tensor):
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{function}: {argument} must be a tensor, got {type(tensor).__name__}")
+    if tensor.dtype not in FLOATS:
+        raise TypeError(
+            f"{function}: {argument} must be float32, bfloat16, float16 or float64, "
+            f"got {tensor.dtype}"
+        )
+
+
+def check_rows(function, argument, tensor, width="V"):
+    """``[..., V]`` of a float dtype, of at least one column."""
+    check_floats(function, argument, tensor)
+    if tensor.dim() < 1 or tensor.shape[-1] < 1:
+        raise ValueError(
+            f"{function}: {argument} must have shape (..., {width}) with {width} >= 1, "
+            f"got {tuple(tensor.shape)}"
+        )
+
+
+def unit_columns(rows):
+    """Rows ``[N, V]`` as the kernels take them: with any stride, columns one after the other."""
+    return rows.contiguous() if rows.stride(1) != 1 and rows.shape[1] > 1 else rows
+
 
 def check_target(target, vocab_size, ignore_index, function="dro_cross_entropy"):
     """Raise IndexError for the first bad row of a target on the CPU; on a GPU that would wait for
@@ -54,6 +81,46 @@ def temperature_bounds(function, tau_min, tau_max):
             f"{function}: tau_min and tau_max must satisfy 0 < tau_min < tau_max, "
             f"got {tau_min} and {tau_max}"
         )
+
+
+def radius(function, rho, learner=None):
+    """``rho`` as a float. ``learner``: what learns from it, for which it must be given."""
+    if rho is None:
+        if learner is None:
+            return 0.0  # it adds rho * tau, a constant
+        raise ValueError(
+            f"{function}: rho must be given where {learner} learns: a temperature falls while the "
+            "KL of its softmax from uniform is below rho, and rises above it; choose rho near the "
+            "mean kl that return_stats=True shows at a temperature of your liking"
+        )
+    if not 0 <= rho < math.inf:
+        raise ValueError(f"{function}: rho must be a finite number >= 0, got {rho}")
+    return float(rho)
+
+
+def check_reachable(function, rho, n, candidates):
+    """Raise for a radius that no softmax over ``n`` candidates reaches."""
+    if n <= math.exp(min(rho, 700.0)):
+        raise ValueError(
+            f"{function}: rho must be below log({n}) = {math.log(n):.4g}, the largest KL from "
+            f"uniform of a softmax over {n} {candidates}, got {rho}: no temperature meets it, and "
+            "all would fall to tau_min; choose it near the mean kl that return_stats=True shows at "
+            "a temperature of your liking"
+        )
+
+
+def first_backward(function, ctx):
+    """Raise in a second backward of a function whose gradient was formed in the forward: the first
+    one scaled it in place."""
+    if torch.compiler.is_compiling():
+        return
+    if getattr(ctx, "had_backward", False):
+        raise RuntimeError(
+            f"{function}: a second backward of one loss (retain_graph=True) has no gradient left: "
+            "it was formed in the forward and handed out in place. Call backward once, on the sum "
+            "of the losses; call the function again; or pass reduction='none', which makes it anew"
+        )
+    ctx.had_backward = True
 
 
 def in_backward():

@@ -1,9 +1,12 @@
-"""What follows the TempNet's first layer, and its gradient by hand: it runs inside operators."""
+"""The TempNet's arithmetic around its first layer: the norm of a row of logits, and what follows
+with its gradient by hand, since it runs inside operators."""
 
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+
+from tempnet_kernels.core.fields import accumulation_dtype
 
 NORM_MIN = 1e-12  # of a row of logits that is divided by its norm
 
@@ -64,39 +67,24 @@ def head_gradients(grad_share, saved, p, keep=None):
     )
 
 
+def row_moments(logits, center):
+    """:class:`Moments` of rows of logits ``[N, V]``, in plain PyTorch."""
+    acc = accumulation_dtype(logits.dtype)
+    z = logits.to(acc)
+    counted = z != -torch.inf
+    shift = z.amax(1) if center else z.new_zeros(z.shape[0])
+    z = torch.where(counted, z - shift[:, None], 0)
+    squares = (z * z).sum(1)
+    if not center:
+        return torch.stack([shift, squares, shift, shift])
+    return torch.stack([shift, squares, z.sum(1), counted.sum(1).to(acc)])
+
+
 def merged_moments(parts):
-    """(shift, sum of (z - shift)^2) of rows from those of several parts of their columns,
-    ``[parts, 4, N]`` as row_moments gives them."""
+    """(shift, sum of (z - shift)^2) of rows from the :class:`Moments` of several parts of their
+    columns, ``[parts, 4, N]``."""
     shift, squares, total, count = parts.unbind(1)  # (parts, N) each
     top = shift.amax(0)  # keeps NaN
     # A part whose columns are all -inf has no sums to move. Neither d nor a sum is ever positive.
     d = torch.where(count == 0, 0, shift - top)
     return top, (squares + d * (count * d + 2 * total)).sum(0)
-
-
-def hashed_dropout(key, ids, width, probability, dtype):
-    """Dropout factors, 0 or 1 / (1 - probability), ``[n, width]``: a function of ``key`` (0-d
-    int64), of each row's id ``[n]`` and of the column alone."""
-    rows = _mix(_mix(key) ^ ids)  # (n,)
-    columns = _mix(torch.arange(width, device=ids.device))  # (width,)
-    bits = rows.int()[:, None] + columns.int()  # (n, width), of the last round's 32 bits
-    bits ^= _shift_right(bits, 16)
-    bits *= -2048144789  # 0x85ebca6b
-    bits ^= _shift_right(bits, 13)
-    bits *= -1028477387  # 0xc2b2ae35
-    bits ^= _shift_right(bits, 16)
-    kept = bits >= int(probability * 2**32) - 2**31
-    return kept.to(dtype).div_(1 - probability)
-
-
-def _shift_right(x, count):
-    """A logical shift of int32."""
-    return (x >> count) & ((1 << (32 - count)) - 1)
-
-
-def _mix(x):
-    """A bijection of int64 whose output bits each depend on all input bits (the finaliser of
-    splitmix64); products wrap."""
-    x = (x ^ ((x >> 30) & ((1 << 34) - 1))) * -4658895280553007687  # 0xbf58476d1ce4e5b9
-    x = (x ^ ((x >> 27) & ((1 << 37) - 1))) * -7723592293110705685  # 0x94d049bb133111eb
-    return x ^ ((x >> 31) & ((1 << 33) - 1))

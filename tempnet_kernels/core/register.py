@@ -15,6 +15,10 @@ from pathlib import Path
 import torch
 
 BACKENDS = ("native", "triton", "reference")
+# What backend="auto" takes per device type, fastest first: the first that is built. On an H100
+# native is the faster for the token loss from V = 8192 on (benchmarks/results/h100/,
+# benchmarks/NOTES.md); the other operators have not been measured.
+AUTO = {"cpu": ("native",), "cuda": ("native", "triton")}
 _BUILD = "`pip install --no-build-isolation -e .` in the repository"
 
 _library = torch.library.Library("tempnet", "DEF")
@@ -22,13 +26,13 @@ _modules = {}
 _python_devices = {"triton": ("CUDA", "CPU"), "reference": ("CUDA", "CPU")}
 
 
-def define(schema, fake, module, loop=None):
+def define(schema, fake, module, chunked=False):
     """Declare ``name(args) -> returns`` for every backend.
 
     ``fake`` computes the outputs' metadata; ``module`` is the file stem under ``triton/`` and
-    ``reference/`` that holds a function called ``name``. With ``loop``, a file stem of this
-    package, the native and the Triton overload are its function ``name`` with the backend before
-    the arguments: a loop around matrix products and smaller operators of that backend.
+    ``reference/`` that holds a function called ``name``. With ``chunked`` the native and the Triton
+    overload are that function of the stem under ``chunked/``, with the backend before the
+    arguments: a loop around matrix products and smaller operators of that backend.
     """
     name, rest = schema.split("(", 1)
     _modules[name] = module
@@ -42,10 +46,18 @@ def define(schema, fake, module, loop=None):
             # silently wrong.
             bump = _version_bump(name, backend, written)
             _library.impl(op, bump, "ADInplaceOrView", with_keyset=True)
-        looped = loop is not None and backend != "reference"
-        for device in ("CUDA", "CPU") if looped else _python_devices.get(backend, ()):
-            call = _lazy(name, loop, backend) if looped else _lazy(name, f"{backend}.{module}")
+        if chunked and backend != "reference":
+            call, devices = _lazy(name, f"chunked.{module}", backend), ("CUDA", "CPU")
+        else:
+            call = _lazy(name, f"{backend}.{module}")
+            devices = _python_devices.get(backend, ())
+        for device in devices:
             _library.impl(op, call, device)
+
+
+def arguments(options):
+    """The fields of a NamedTuple of numbers as a schema writes them."""
+    return ", ".join(f"{kind.__name__} {name}" for name, kind in options.__annotations__.items())
 
 
 def _version_bump(name, backend, written):
@@ -78,7 +90,7 @@ def operator(name, backend):
 
 def library(device):
     """Where the library of the kernels on ``device`` ("cpu" or "cuda") is, or would be."""
-    return Path(__file__).with_name("lib") / f"libtempnet_{device}.so"
+    return Path(__file__).parents[1] / "lib" / f"libtempnet_{device}.so"
 
 
 @functools.cache
@@ -102,7 +114,6 @@ def cuda_architectures():
     return function().decode()
 
 
-@torch.compiler.assume_constant_result  # so that the first call may be a compiled one
 def missing(op, backend, device):
     """Why ``backend`` cannot run ``tempnet::op`` on ``device`` ("cpu" or "cuda"), and what to do;
     None if it can."""
@@ -132,25 +143,28 @@ def missing(op, backend, device):
     return None
 
 
+# The first call may be a compiled one. torch.compiler.assume_constant_result sets the same, and
+# imports all of torch._dynamo.
+missing._dynamo_marked_constant = True
+
 _available = {}
 
 
-def auto_backend(op, auto, device):
-    """The first backend of ``auto[device]`` that can run ``op``; the first if none can."""
-    order = auto.get(device, ("reference",))
+def auto_backend(op, device):
+    """The first backend of ``AUTO[device]`` that can run ``op``; the first if none can."""
+    order = AUTO.get(device, ("reference",))
     return next((b for b in order if missing(op, b, device) is None), order[0])
 
 
-def pick(function, op, backend, auto, device):
-    """The backend that runs ``op`` on tensors of ``device``; ``auto`` maps a device type to
-    backends, fastest first."""
+def pick(function, op, backend, device):
+    """The backend that runs ``op`` on tensors of ``device``."""
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(
             f"{function}: backend must be one of {('auto', *BACKENDS)}, got {backend!r}"
         )
     key = (op, backend, device.type)
     if key not in _available:
-        chosen = auto_backend(op, auto, device.type) if backend == "auto" else backend
+        chosen = auto_backend(op, device.type) if backend == "auto" else backend
         reason = missing(op, chosen, device.type)
         if reason is not None:
             raise RuntimeError(

@@ -5,37 +5,12 @@ import math
 
 import torch
 
-from tempnet_kernels import _register
-from tempnet_kernels._checks import check_target
-from tempnet_kernels._ranks import all_gather
+from tempnet_kernels.core import register
+from tempnet_kernels.core.checks import check_target
+from tempnet_kernels.core.collectives import all_gather
+from tempnet_kernels.core.fields import TokenPart
 
-# The state of a rank's columns of a row, [7, N] in the accumulation dtype; csrc/online_softmax.h
-# has the same order. M, S, SX and DELTA = zmax a - m are those of docs/numerics.md; Z_Y is the
-# target's logit, -inf on the ranks that do not have it; MEAN_U the mean of u. DELTA is exchanged
-# because backends round a = log2(e) / tau differently: what is added must have one a.
-ZMAX, M, DELTA, S, SX, Z_Y, MEAN_U = range(7)
-PARTS = 7
-
-
-def _fake_stats(logits, target, tau, ignore_index, begin, vocab_size, want_mean, want_argmax):
-    n = logits.shape[0]
-    argmax = logits.new_empty((n if want_argmax else 0,), dtype=torch.int64)
-    return tau.new_empty((PARTS, n)), argmax
-
-
-# (parts, argmax) of the columns [begin, begin + V) of vocab_size: arguments as in
-# dro_cross_entropy_fwd, targets and argmax counted over all columns. An ignored row is not read;
-# that and a row with a bad temperature or target is NaN in parts. On no device does a bad target
-# raise here: another rank could be waiting for this one. MEAN_U holds anything unless want_mean;
-# argmax, in a row with NaN.
-_register.define(
-    "dro_cross_entropy_stats(Tensor logits, Tensor target, Tensor tau, int ignore_index, "
-    "SymInt begin, SymInt vocab_size, bool want_mean, bool want_argmax) -> (Tensor, Tensor)",
-    _fake_stats,
-    "dro_cross_entropy",
-)
-
-_op = _register.operator
+_op = register.operator
 
 
 def columns_of(v, group):
@@ -43,44 +18,38 @@ def columns_of(v, group):
     return (0, v) if group is None else (group.rank() * v, group.size() * v)
 
 
-def sharded_fwd(
-    backend, logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, group,
-    want_argmax,
-):  # fmt: skip
+def sharded_fwd(backend, logits, target, tau, scale, options, group, want_argmax):
     """(scale * loss, rows, argmax) as dro_cross_entropy_fwd gives them, of logits of which this
     rank has the columns ``columns_of(V, group)``. Everything but the logits is the same on every
     rank, and so is the result, bit by bit. The gradient is then that of dro_cross_entropy_bwd."""
     v = logits.shape[1]
     begin, vocab_size = columns_of(v, group)
     parts, argmax = _op("dro_cross_entropy_stats", backend)(
-        logits, target, tau, ignore_index, begin, vocab_size, label_smoothing > 0, want_argmax
-    )
+        logits, target, tau, options.ignore_index, begin, vocab_size, options.label_smoothing > 0,
+        want_argmax,
+    )  # fmt: skip
     parts, argmax, widths = _exchange(parts, argmax, v, group)
     if target.device.type == "cpu":
         _check_widths(widths.tolist())
-        check_target(target, vocab_size, ignore_index)
+        check_target(target, vocab_size, options.ignore_index)
     # To read it would be to wait for a GPU; there the loss becomes NaN instead.
-    parts[:, S].masked_fill_((widths != v).any(), math.nan)
-    return merged(
-        parts, argmax, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, vocab_size
-    )
+    parts[:, TokenPart.S].masked_fill_((widths != v).any(), math.nan)
+    return merged(parts, argmax, target, tau, scale, options, vocab_size)
 
 
-def merged(
-    parts, argmax, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, vocab_size
-):
+def merged(parts, argmax, target, tau, scale, options, vocab_size):
     """(scale * loss, rows, argmax) as dro_cross_entropy_fwd gives them, from parts [world, 7, N]
     and argmax [world, N or 0]."""
     loss, grad_tau, m, *state = _finish(
-        parts.double(), tau.double(), rho, math.log(vocab_size), label_smoothing, z_loss
+        parts.double(), tau.double(), options, math.log(vocab_size)
     )  # (N,) each, NaN in ignored rows
-    live = target != ignore_index
+    live = target != options.ignore_index
     counts = live & (scale != 0)
     scaled_loss = torch.where(counts, scale * loss, 0)
     scaled_grad_tau = torch.where(counts, scale * grad_tau, 0)
     rows = torch.stack([torch.where(live, loss, 0), scaled_grad_tau, m, *state]).to(tau.dtype)
     if argmax.shape[1]:
-        zmax = parts[:, ZMAX]  # (world, N)
+        zmax = parts[:, TokenPart.ZMAX]  # (world, N)
         first = torch.where(zmax == zmax.amax(0), argmax, vocab_size).amin(0)
         argmax = torch.where(torch.isfinite(state[0]), first, -1)
     else:
@@ -88,21 +57,16 @@ def merged(
     return scaled_loss.to(tau.dtype), rows, argmax
 
 
-def sharded_fwd_(
-    backend, logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, group,
-    want_argmax,
-):  # fmt: skip
+def sharded_fwd_(backend, logits, target, tau, scale, options, group, want_argmax):
     """The same as dro_cross_entropy_fwd_ gives it: with the gradient in the storage of the
     logits."""
     loss, rows, argmax = sharded_fwd(
-        backend, logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, group,
-        want_argmax,
-    )  # fmt: skip
+        backend, logits, target, tau, scale, options, group, want_argmax
+    )
     stored = (scale != 0).to(scale.dtype) if logits.dtype == torch.float16 else scale
     _op("dro_cross_entropy_bwd_", backend)(
-        logits, target, tau, stored, rows, ignore_index, label_smoothing, z_loss,
-        *columns_of(logits.shape[1], group),
-    )  # fmt: skip
+        logits, target, tau, stored, rows, *options[1:], *columns_of(logits.shape[1], group)
+    )
     return loss, rows, argmax
 
 
@@ -125,9 +89,10 @@ def _check_widths(widths):
         )
 
 
-def _finish(parts, tau, rho, log_v, label_smoothing, z_loss):
+def _finish(parts, tau, options, log_v):
     """``merge`` and ``finish`` of csrc/online_softmax.h: (loss, d loss / d tau, m, log2 s, entropy,
     log p_y). In float64, since these are a few numbers per row."""
+    rho, _, label_smoothing, z_loss = options
     zmax, m, delta, s, sx, z_y, mean_u = parts.unbind(1)  # (world, N) each
     ln2 = math.log(2)
     # amax keeps NaN. The m of columns that are all -inf is finite, and so is d; s is 0 there.

@@ -1,17 +1,13 @@
-"""What several processes exchange, and the batch of pairs that they share."""
+"""The batch of pairs that several processes share."""
 
-import copy
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
-if dist.is_available():
-    # Their names as of torch 2.13; until then the others, which now warn.
-    _all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
-    _reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from tempnet_kernels.core import collectives
+from tempnet_kernels.core.checks import FLOATS
+from tempnet_kernels.core.collectives import all_gather, all_sum_, outside_graphs, several
 
 
 class Ranks(NamedTuple):
@@ -28,54 +24,6 @@ class Ranks(NamedTuple):
         return sum(self.sizes[: self.rank])
 
 
-class SharesGroup:
-    """Of a module with a ``process_group``, which cannot be copied: its copies share it."""
-
-    def __deepcopy__(self, memo):
-        memo[id(self.process_group)] = self.process_group
-        copied = memo[id(self)] = type(self).__new__(type(self))
-        copied.__dict__.update(copy.deepcopy(self.__dict__, memo))
-        return copied
-
-
-def several(function, group):
-    """``group`` if it is of several processes, None for one."""
-    if not dist.is_available() or not isinstance(group, dist.ProcessGroup):
-        raise TypeError(
-            f"{function}: process_group must be a torch.distributed.ProcessGroup with this process "
-            f"in it, or None, got {type(group).__name__}"
-        )
-    return group if group.size() > 1 else None
-
-
-@torch.compiler.disable
-def all_gather(x, group):
-    """``x``, of the same shape on every rank -> ``[world, *x.shape]``."""
-    gathered = x.new_empty((group.size() * x.numel(),))
-    _all_gather(gathered, x.reshape(-1), group=group)
-    return gathered.view(group.size(), *x.shape)
-
-
-class SumOverRanks(torch.autograd.Function):
-    """The sum of every rank's ``x``, of which each rank then makes the same: so is its gradient,
-    which is that of every ``x``."""
-
-    @staticmethod
-    def forward(x, group):
-        return all_sum_(x.clone(), group)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        pass
-
-    @staticmethod
-    def backward(ctx, grad):
-        return grad, None
-
-
-sum_over_ranks = torch.compiler.disable(SumOverRanks.apply)
-
-
 def meet(function, group, image, text, **same):
     """:class:`Ranks` of ``group``; None for one process. ``image [m, D]`` and ``text [n, D]`` are
     this rank's; ``same`` are numbers, or functions that return one or a 0-d tensor, which must be
@@ -87,11 +35,11 @@ def meet(function, group, image, text, **same):
     return None if group is None else _meet(function, group, image, text, same)
 
 
-@torch.compiler.disable
+@outside_graphs
 def _meet(function, group, image, text, same):
     same = {
         "D": image.shape[1],
-        "dtype": _DTYPES.index(image.dtype),
+        "dtype": FLOATS.index(image.dtype),
         "image.requires_grad": image.requires_grad,
         "text.requires_grad": text.requires_grad,
         "grad mode": torch.is_grad_enabled(),
@@ -122,13 +70,13 @@ def gather(x, ranks):
 
 
 # Not compiled, where ranks of different sizes would have different graphs.
-@torch.compiler.disable
+@outside_graphs
 def _gather(x, ranks):
     widest = max(ranks.sizes)
     if x.shape[0] < widest:
         x = torch.cat([x, x.new_zeros((widest - x.shape[0], *x.shape[1:]))])
     gathered = x.new_empty((len(ranks.sizes) * widest, *x.shape[1:]))
-    _all_gather(gathered, x.contiguous(), group=ranks.group)
+    collectives.all_gather_into(gathered, x.contiguous(), group=ranks.group)
     if min(ranks.sizes) == widest:
         return gathered
     return torch.cat(
@@ -148,7 +96,7 @@ def reduce_scatter(x, ranks):
         x = padded.flatten(0, 1)
         del padded, to, part
     own = x.new_empty((widest, *x.shape[1:]))
-    _reduce_scatter(own, x.contiguous(), group=ranks.group)
+    collectives.reduce_scatter_into(own, x.contiguous(), group=ranks.group)
     return own if n == widest else own[:n].clone()  # not a view of the widest rank's memory
 
 
@@ -156,16 +104,9 @@ def all_sum(x, ranks):
     return x if ranks is None else _all_sum(x, ranks)
 
 
-@torch.compiler.disable
+@outside_graphs
 def _all_sum(x, ranks):
     return all_sum_(x.clone(), ranks.group)
-
-
-def all_sum_(x, group):
-    """``x`` becomes the sum over the ranks."""
-    if group is not None:
-        dist.all_reduce(x, group=group)
-    return x
 
 
 def merge(columns, ranks):

@@ -13,14 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from tempnet_kernels import _register
-from tempnet_kernels._checks import check_has_float64, temperatures
-from tempnet_kernels.dro_cross_entropy import accumulation_dtype
-
-# What backend="auto" takes per device type: the first that is built.
-AUTO = {"cpu": ("native",), "cuda": ("native", "triton")}
-
-_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+from tempnet_kernels.core import register
+from tempnet_kernels.core.checks import check_has_float64, check_rows, temperatures, unit_columns
+from tempnet_kernels.core.fields import accumulation_dtype
 
 
 class SolverStats(NamedTuple):
@@ -28,25 +23,6 @@ class SolverStats(NamedTuple):
 
     kl: torch.Tensor  # KL(softmax(z / tau) || uniform) at the returned tau, in nats
     iterations: torch.Tensor  # int32, how often kl was evaluated: at most 30
-
-
-def _fake(logits, rho, tau_min, tau_max):
-    n = logits.shape[0]
-    return rho.new_empty((n,)), rho.new_empty((n,)), rho.new_empty((n,), dtype=torch.int32)
-
-
-# logits [N, V] with column stride 1; rho [N] in the accumulation dtype, any stride. Returns (tau,
-# kl, iterations). A row with rho < 0 or NaN is NaN.
-_register.define(
-    "optimal_temperature(Tensor logits, Tensor rho, float tau_min, float tau_max) "
-    "-> (Tensor, Tensor, Tensor)",
-    _fake,
-    "optimal_temperature",
-)
-_register.load_native()
-
-
-_op = _register.operator
 
 
 def optimal_temperature(logits, rho, tau_min, tau_max, *, return_stats=False, backend="auto"):
@@ -88,26 +64,15 @@ def optimal_temperature(logits, rho, tau_min, tau_max, *, return_stats=False, ba
     ``GPT-2/megatron/model/tempnet.py`` holds a Newton iteration for it, commented out.
     """
     name = "optimal_temperature"
-    if not isinstance(logits, torch.Tensor):
-        raise TypeError(f"{name}: logits must be a tensor, got {type(logits).__name__}")
-    if logits.dtype not in _DTYPES:
-        raise TypeError(
-            f"{name}: logits must be float32, bfloat16, float16 or float64, got {logits.dtype}"
-        )
-    if logits.dim() < 1 or logits.shape[-1] < 1:
-        raise ValueError(
-            f"{name}: logits must have shape (..., V) with V >= 1, got {tuple(logits.shape)}"
-        )
+    check_rows(name, "logits", logits)
     acc = accumulation_dtype(logits.dtype)
     _check_bounds(name, tau_min, tau_max, acc)
-    chosen = _register.pick(name, name, backend, AUTO, logits.device)
+    chosen = register.pick(name, name, backend, logits.device)
     check_has_float64(name, "logits", logits, chosen)
 
     *shape, v = logits.shape
     rows_rho = _radii(name, rho, tuple(shape), logits.device, acc)  # (N,)
-    flat = logits.detach().reshape(rows_rho.shape[0], v)  # (N, V)
-    if flat.stride(1) != 1 and v > 1:
-        flat = flat.contiguous()
+    flat = unit_columns(logits.detach().reshape(rows_rho.shape[0], v))  # (N, V)
     found = _op(name, chosen)(flat, rows_rho, float(tau_min), float(tau_max))
     tau, *stats = (value.reshape(shape) for value in found)
     return (tau, SolverStats(*stats)) if return_stats else tau
@@ -132,3 +97,21 @@ def _radii(name, rho, shape, device, dtype):
     if not rho >= 0:
         raise ValueError(f"{name}: rho must be a number >= 0, got {rho}")
     return torch.full((), rho, dtype=dtype, device=device).expand(math.prod(shape))
+
+
+_op = register.operator
+
+
+def _fake(logits, rho, tau_min, tau_max):
+    n = logits.shape[0]
+    return rho.new_empty((n,)), rho.new_empty((n,)), rho.new_empty((n,), dtype=torch.int32)
+
+
+# logits [N, V] with column stride 1; rho [N] in the accumulation dtype, any stride. Returns (tau,
+# kl, iterations). A row with rho < 0 or NaN is NaN.
+register.define(
+    "optimal_temperature(Tensor logits, Tensor rho, float tau_min, float tau_max) "
+    "-> (Tensor, Tensor, Tensor)",
+    _fake,
+    "optimal_temperature",
+)

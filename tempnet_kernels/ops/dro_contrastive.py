@@ -1,0 +1,378 @@
+"""Contrastive loss with a temperature per anchor, both directions: schema, autograd, public
+function.
+
+For an anchor i with similarities S_ij to its candidates, h_ij = S_ij - S_ii and temperature tau_i:
+
+    g_i  = sum_{j != i} exp(h_ij / tau_i)
+    s_i  = (1 - gamma) s_i(old) + gamma g_i          on a first visit g_i
+    term = tau_i (log(s_i / n_i) + rho)              n_i: the number of negatives
+
+and the loss is the mean of the images' terms plus the mean of the texts'.
+
+Qiu et al., "To Cool or not to Cool? Temperature Network Meets Large Foundation Models via DRO",
+ICML 2024.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from tempnet_kernels.core import register
+from tempnet_kernels.core.checks import (
+    check_has_float64,
+    once_differentiable,
+    radius,
+    temperatures,
+)
+from tempnet_kernels.core.collectives import outside_graphs
+from tempnet_kernels.core.fields import AnchorParameters, AnchorState, accumulation_dtype
+from tempnet_kernels.core.pairs import all_sum, gather, meet, merge, reduce_scatter
+from tempnet_kernels.ops.anchors import anchors
+from tempnet_kernels.ops.pair_arguments import (
+    Pairs,
+    check_features,
+    checked_ids,
+    columns_of_pairs,
+    ids_of_pairs,
+    log_averages,
+    pair_mask,
+)
+
+# Similarities of at most this many bytes are kept in fp32 for the backward, which saves one of four
+# matrix products.
+KEEP_BYTES = 64 << 20
+
+
+class ContrastiveStats(NamedTuple):
+    """Detached statistics per anchor, each [M]."""
+
+    log_s_image: torch.Tensor  # log of the moving average after this visit
+    log_s_text: torch.Tensor
+    kl_image: torch.Tensor  # KL(softmax(S / tau) || uniform) over the negatives, in nats
+    kl_text: torch.Tensor
+    k_image: torch.Tensor  # M times the loss's derivative by tau_image
+    k_text: torch.Tensor
+
+
+def dro_contrastive(
+    image,
+    text,
+    tau_image,
+    tau_text,
+    rho=None,
+    *,
+    log_s_image=None,
+    log_s_text=None,
+    gamma=1.0,
+    include_positive=False,
+    image_ids=None,
+    text_ids=None,
+    negative_mask=None,
+    positive=None,
+    return_stats=False,
+    process_group=None,
+    backend="auto",
+):
+    r"""Robust global contrastive loss with a temperature per anchor, in both directions.
+
+    With ``S = image @ text.T``, an image anchor i with its pair in column ``y = positive[i]`` has
+
+        g_i  = sum_{j != y} exp((S_ij - S_iy) / tau_i)
+        s_i  = (1 - gamma) * exp(log_s_image[i]) + gamma * g_i    (g_i where log_s_image[i] is NaN)
+        term = tau_i * (log(s_i / n_i) + rho)                     n_i: its number of negatives
+
+    and a text anchor the same over its column. The loss is the mean of the images' terms plus the
+    mean of the texts'. Its gradient is that of ``mean_i sum_j sg(w_ij) (S_ij - S_iy) + sg(k_i)
+    tau_i`` with ``w_ij = exp((S_ij - S_iy) / tau_i) / s_i``, ``k_i = log(s_i / n_i) + rho - sum_j
+    w_ij (S_ij - S_iy) / tau_i`` and sg a stop-gradient: at ``gamma=1`` the derivative of the loss,
+    otherwise the estimate that the moving average makes. With ``rho=0``, ``include_positive`` and
+    one temperature, CLIP's loss is ``loss / (2 tau) + log B``.
+
+    S is visited in tiles, once in the forward and once in the backward, and never held whole unless
+    it fits in 64 MiB. S and all sums are in float32 (float64 for float64 features) and in a fixed
+    order: equal input gives equal bits. A visit needs a tile of 4 MiB and, for 16-bit features,
+    their float32 copies; on a GPU a tile of 256 MiB, and 128 MiB of weights for 16-bit features,
+    which are multiplied as they are. float32 features multiply there as torch is told to:
+    TensorFloat-32 (``torch.set_float32_matmul_precision``) errs by up to 1e-4 in S (simulated), so
+    by 1e-4 / tau in an exponent.
+
+    Args:
+        image: ``[M, D]`` features, float32, bfloat16 or float16 (float64 on the CPU, or with
+            backend "reference"); usually normalised, which is not checked.
+        text: ``[N, D]`` features of the same dtype, N >= M. Columns that are no row's pair (a
+            memory bank, gathered features) are negatives of the images and get no term of their
+            own. To have more images than texts, exchange the two sides.
+        tau_image, tau_text: temperature > 0 of each image anchor and of each text anchor: a number,
+            a 0-d tensor or ``[M]`` in the order of the rows. A tensor gets a gradient.
+        rho: KL radius >= 0 in nats, a number: where an anchor's KL is below it the temperature
+            falls, above it rises. It must be given where ``tau_image`` or ``tau_text`` wants a
+            gradient; else it is 0 by default. At log n, which no KL of n negatives reaches, and
+            above every temperature falls.
+        log_s_image, log_s_text: ``[M]`` logarithm of each anchor's moving average, NaN where there
+            is none yet. Default: a first visit of all.
+        gamma: weight of this batch in the moving average, in (0, 1].
+        include_positive: count the positive in g and n, as CLIP does.
+        image_ids, text_ids: ``[N]`` integers: two candidates with the same image id or the same
+            text id are not negatives of each other, in both directions.
+        negative_mask: ``[M, N]`` bool, False where a pair is known not to be a negative. The
+            positives' entries are not read.
+        positive: ``[M]`` integers, the column of each row's pair, all different. Default: column i
+            for row i.
+        return_stats: also return :class:`ContrastiveStats`.
+        process_group: the processes that share the batch. Each passes its own pairs, and the loss
+            is that of all of them; see below. Default: this process alone.
+        backend: "auto", "native" (C++ on the CPU, CUDA C++ on a GPU), "triton" (GPU) or "reference"
+            (PyTorch; holds S several times). "auto" is native; on a GPU without the compiled
+            extension, Triton.
+
+    Returns:
+        The loss, 0-d float32 (float64 for float64 features); with ``return_stats`` the pair
+        ``(loss, ContrastiveStats)``. An anchor without negatives has loss 0, gradient 0, KL NaN,
+        and its ``log_s`` comes back as it was; so does one whose new value is not finite. The loss
+        of no pairs is NaN. A tensor of temperatures with a value that is not in (0, inf) gives NaN.
+
+    With ``process_group``, M and N above are a rank's own, as are all arguments, except that a row
+    of ``negative_mask`` has the columns of all ranks, in their order. Numbers of pairs may differ,
+    also be 0. A rank visits the similarities of its images with all texts, so each one is visited
+    once, and every rank returns the loss of the whole batch and the statistics of its own pairs.
+    The gradient is that of the sum of the ranks' (equal) losses: after the mean over ranks that DDP
+    and FSDP take, parameters have the gradient of one process on the whole batch. Per pair of the
+    batch, the ranks exchange the text features, the gradient of them in float32, and some 60 bytes.
+    ``process_group`` must be the ranks that this mean is over. Every one of them must make the call
+    and the backward; the call waits once for the device, and breaks a compiled graph. Options and
+    dtypes that differ by rank raise on all; an error of one rank alone leaves the others waiting
+    until the group's timeout. ``torch.func`` transforms are for one process.
+
+    Raises:
+        ValueError, TypeError: an argument is off; the message names it, what was expected and what
+            came.
+        IndexError: an entry of ``positive`` outside [0, N), in CPU tensors. On a GPU, and compiled,
+            the loss is NaN instead, and equal entries are not found.
+        RuntimeError: the backend is not available here.
+
+    Source: arXiv 2404.04575; official code ``Bimodal_CL/models/losses.py``.
+    """
+    name = "dro_contrastive"
+    check_features(name, image, text)
+    m, n = image.shape[0], text.shape[0]
+    acc = accumulation_dtype(image.dtype)
+    if not 0 < gamma <= 1:
+        raise ValueError(f"{name}: gamma must be in (0, 1], got {gamma}")
+    device = image.device
+    chosen = register.pick(name, "similarity_stats_", backend, device)
+    check_has_float64(name, "image", image, chosen)
+
+    tau_image = temperatures(name, "tau_image", tau_image, (m,), device, acc)
+    tau_text = temperatures(name, "tau_text", tau_text, (m,), device, acc)
+    learning = torch.is_grad_enabled() and (tau_image.requires_grad or tau_text.requires_grad)
+    rho = radius(name, rho, "a temperature" if learning else None)
+    log_s_image = log_averages(name, "log_s_image", log_s_image, m, device, acc)
+    log_s_text = log_averages(name, "log_s_text", log_s_text, m, device, acc)
+    positive, outside = columns_of_pairs(name, positive, m, n, device)
+    if outside is not None:
+        tau_image = torch.where(outside, math.nan, tau_image)
+    image_ids = checked_ids(name, "image_ids", image_ids, n, device)
+    text_ids = checked_ids(name, "text_ids", text_ids, n, device)
+    ranks = process_group
+    if process_group is not None:
+        differentiable = any(t.requires_grad for t in (image, text, tau_image, tau_text))
+        ranks = meet(
+            name, process_group, image, text, rho=rho, gamma=gamma,
+            include_positive=include_positive, image_ids=image_ids is not None,
+            text_ids=text_ids is not None, **{"requires_grad of any argument": differentiable},
+        )  # fmt: skip
+    all_n = n if ranks is None else sum(ranks.sizes)
+    ids = ids_of_pairs(image_ids, text_ids, all_n, ranks, device)
+    mask = pair_mask(name, negative_mask, m, all_n, device)
+
+    track = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
+    keep = track and m * all_n * acc.itemsize <= KEEP_BYTES
+    apply = _DROContrastive.apply if ranks is None else _apply_across_ranks
+    value, *stats = apply(
+        image, text, tau_image, tau_text, log_s_image, log_s_text, positive, ids, mask,
+        bool(include_positive), rho, float(gamma), keep, ranks, chosen,
+    )  # fmt: skip
+    return (value, ContrastiveStats(*stats[:6])) if return_stats else value
+
+
+_op = register.operator
+
+# An anchor without negatives, and a candidate that is no anchor: a weight 0 * 2^(z a). Not 0, whose
+# product with the -inf of a masked pair is NaN.
+_NO_ANCHOR = 1e-30
+
+
+class _Saved(NamedTuple):
+    """What the backward needs beside the arguments and the statistics."""
+
+    rows: torch.Tensor  # (3, M), AnchorParameters
+    columns: torch.Tensor  # (3, N)
+    total: torch.Tensor  # (M,), of both anchors of each pair
+    similarity: torch.Tensor  # (M, N), or (0, 0) where it was not kept
+    candidates: torch.Tensor  # (N, D), the texts of all ranks; (0, 0) for those of one process
+
+
+class _DROContrastive(torch.autograd.Function):
+    """(image, text, tau_image [M], tau_text [M], ...) -> the value and, without a gradient,
+    :class:`ContrastiveStats` and :class:`_Saved`.
+
+    With ``ranks`` the rows are this rank's images and the columns the texts of all. Every rank has
+    the states of its rows, exchanges those of the columns, and has the anchors of its own pairs,
+    both sides.
+    """
+
+    @staticmethod
+    def forward(
+        image, text, tau_image, tau_text, log_s_image, log_s_text, positive, ids, mask,
+        include_positive, rho, gamma, keep, ranks, backend,
+    ):  # fmt: skip
+        n = text.shape[0]
+        candidates = gather(text, ranks)  # (N, D)
+        log2e = 1 / math.log(2)
+        row_a = log2e / tau_image  # (M,)
+        text_a = log2e / tau_text  # (M,)
+        column_a = text_a.new_full((n,), _NO_ANCHOR).scatter(0, positive, text_a)  # (N,)
+        pairs = Pairs(_among_all(positive, ranks), ids, mask, include_positive)
+        rows, columns, similarity = _op("dro_contrastive_stats", backend)(
+            image, candidates, row_a, gather(column_a, ranks), *pairs, keep
+        )
+        s_positive = rows[AnchorState.POSITIVE]
+        by_image = anchors(rows[:4], s_positive, row_a, tau_image, log_s_image, gamma, rho)
+        of_texts = merge(columns[:4], ranks)[:, positive]
+        by_text = anchors(of_texts, s_positive, text_a, tau_text, log_s_text, gamma, rho)
+
+        value = all_sum((by_image.term + by_text.term).sum(), ranks) / _number(image, ranks)
+        of_rows = _parameters(by_image, row_a, rows[AnchorState.M])  # (3, M)
+        of_texts = _parameters(by_text, text_a, of_texts[AnchorState.M])  # (3, M)
+        of_columns = of_texts.new_zeros((3, n))
+        of_columns[AnchorParameters.A] = _NO_ANCHOR
+        of_columns = of_columns.index_copy(1, positive, of_texts)  # (3, n)
+        stats = ContrastiveStats(
+            by_image.log_s, by_text.log_s, by_image.kl, by_text.kl, by_image.k, by_text.k
+        )
+        saved = _Saved(
+            of_rows, gather(of_columns.T, ranks).T.contiguous(), by_image.total + by_text.total,
+            similarity, text.new_empty((0, 0)) if ranks is None else candidates,
+        )  # fmt: skip
+        return value.to(row_a.dtype), *stats, *saved
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        image, text, _, _, _, _, positive, ids, mask, ctx.include_positive, *_ = inputs
+        *_, ctx.ranks, ctx.backend = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)
+        stats, saved = ContrastiveStats(*output[1:7]), _Saved(*output[7:])
+        if ctx.ranks is None:
+            saved = saved._replace(candidates=text)
+        ctx.save_for_backward(image, positive, ids, mask, stats.k_image, stats.k_text, *saved)
+
+    @staticmethod
+    @once_differentiable("dro_contrastive")
+    def backward(ctx, grad_value, *_):
+        if grad_value is None:
+            return (None,) * 15
+        image, positive, ids, mask, k_image, k_text, *saved = ctx.saved_tensors
+        saved = _Saved(*saved)
+        pairs = Pairs(_among_all(positive, ctx.ranks), ids, mask, ctx.include_positive)
+        want = ctx.needs_input_grad
+        # The gradient is that of the sum of the ranks' losses, which are equal. Of no pairs it is
+        # 0, not NaN.
+        scale = all_sum(grad_value, ctx.ranks) / max(1, _number(image, ctx.ranks))
+        grad_image = grad_text = None
+        if want[0] or want[1]:
+            grad_image, grad_text = _op("dro_contrastive_grad", ctx.backend)(
+                image, saved.candidates, saved.similarity, saved.rows, saved.columns, saved.total,
+                *pairs, want[0], want[1],
+            )  # fmt: skip
+            if want[1]:
+                grad_text = reduce_scatter(grad_text, ctx.ranks)
+            # In the accumulation dtype: a gradient of 1/B may underflow in float16 before it.
+            grad_image, grad_text = (
+                g.mul_(scale).to(image.dtype) if w else None
+                for g, w in zip((grad_image, grad_text), want[:2], strict=True)
+            )
+        grad_tau_image = k_image * scale if want[2] else None
+        grad_tau_text = k_text * scale if want[3] else None
+        return (grad_image, grad_text, grad_tau_image, grad_tau_text) + (None,) * 11
+
+
+_apply_across_ranks = outside_graphs(_DROContrastive.apply)
+
+
+def _parameters(side, a, m):
+    """:class:`AnchorParameters` ``[3, M]``."""
+    return torch.stack(
+        [torch.where(side.live, a, _NO_ANCHOR), torch.where(side.live, m, 0), side.q]
+    )
+
+
+def _among_all(positive, ranks):
+    """The columns of this rank's positives among those of all ranks."""
+    return positive if ranks is None else positive + ranks.begin
+
+
+def _number(image, ranks):
+    return image.shape[0] if ranks is None else ranks.pairs
+
+
+def _fake_stats(image, text, row_a, column_a, positive, ids, mask, include_positive, keep):
+    m, n = image.shape[0], text.shape[0]
+    shape = (m, n) if keep else (0, 0)
+    return (
+        row_a.new_empty((AnchorState.FIELDS, m)),
+        row_a.new_empty((AnchorState.FIELDS, n)),
+        row_a.new_empty(shape),
+    )
+
+
+def _fake_grad(
+    image, text, similarity, rows, columns, total, positive, ids, mask, include_positive,
+    want_image, want_text,
+):  # fmt: skip
+    return (
+        rows.new_empty(image.shape if want_image else (0, 0)),
+        rows.new_empty(text.shape if want_text else (0, 0)),
+    )
+
+
+# The states of rows and columns of S = image text^T, which is returned where it is to be kept.
+# image [M, D], text [N, D]; row_a [M] and column_a [N] are log2(e) / tau in the accumulation dtype;
+# positive [M] int64, the column of each row's pair; ids [2, N] int32 or empty: two pairs that share
+# an id of either kind are not negatives of each other; mask [M, N] bool or empty: false where a
+# pair is no negative.
+register.define(
+    "dro_contrastive_stats(Tensor image, Tensor text, Tensor row_a, Tensor column_a, "
+    "Tensor positive, Tensor ids, Tensor mask, bool include_positive, bool keep) "
+    "-> (Tensor, Tensor, Tensor)",
+    _fake_stats,
+    "dro_contrastive",
+    chunked=True,
+)
+# (W text, W^T image) with W_ij = q_i 2^(S_ij a_i - m_i) + q_j 2^(S_ij a_j - m_j), less total_i at
+# the positive. rows and columns: [3, M] and [3, N] of (a, m, q); total [M].
+register.define(
+    "dro_contrastive_grad(Tensor image, Tensor text, Tensor similarity, Tensor rows, "
+    "Tensor columns, Tensor total, Tensor positive, Tensor ids, Tensor mask, "
+    "bool include_positive, bool want_image, bool want_text) -> (Tensor, Tensor)",
+    _fake_grad,
+    "dro_contrastive",
+    chunked=True,
+)
+# One tile of each: of the states, which are updated in the order of the calls, and of W before the
+# total is taken off.
+register.define(
+    "similarity_stats_(Tensor(a!) rows, Tensor(b!) columns, Tensor similarity, int row_begin, "
+    "int column_begin, Tensor row_a, Tensor column_a, Tensor positive, Tensor ids, Tensor mask, "
+    "bool include_positive) -> ()",
+    lambda *args: None,
+    "dro_contrastive",
+)
+register.define(
+    "similarity_weights_(Tensor(a!) weights, Tensor similarity, int row_begin, int column_begin, "
+    "Tensor rows, Tensor columns, Tensor positive, Tensor ids, Tensor mask, "
+    "bool include_positive) -> ()",
+    lambda *args: None,
+    "dro_contrastive",
+)

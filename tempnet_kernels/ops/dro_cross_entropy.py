@@ -1,0 +1,401 @@
+"""Token loss with a temperature per row: schema, autograd, public function.
+
+For a row of logits z (V columns), target y and temperature tau, with x = z / tau and p =
+softmax(x):
+
+    loss   = tau * (logsumexp(x) + rho - log V) - z_y
+    d loss / d z   = p - onehot(y)
+    d loss / d tau = rho - KL(p || uniform)
+
+Qiu et al., "To Cool or not to Cool? Temperature Network Meets Large Foundation Models via DRO",
+ICML 2024.
+"""
+
+import torch
+
+from tempnet_kernels.chunked.dro_cross_entropy import columns_of, sharded_fwd, sharded_fwd_
+from tempnet_kernels.core import register
+from tempnet_kernels.core.checks import (
+    check_has_float64,
+    first_backward,
+    once_differentiable,
+    radius,
+    temperatures,
+    unit_columns,
+)
+from tempnet_kernels.core.collectives import outside_graphs, several
+from tempnet_kernels.core.fields import TokenOptions, TokenPart, TokenRow, accumulation_dtype
+from tempnet_kernels.ops.token_rows import check_arguments, row_scale, token_stats
+
+
+def dro_cross_entropy(
+    logits,
+    target,
+    tau=1.0,
+    rho=None,
+    *,
+    row_weight=None,
+    normalizer=None,
+    ignore_index=-100,
+    label_smoothing=0.0,
+    z_loss=0.0,
+    reduction="mean",
+    return_stats=False,
+    overwrite_logits=False,
+    process_group=None,
+    backend="auto",
+):
+    r"""Distributionally robust cross entropy with a temperature per row.
+
+    With ``x = logits / tau`` and ``q = (1 - label_smoothing) * onehot(target) + label_smoothing /
+    V``, a row's loss is
+
+        tau * (logsumexp(x) + rho - log V) - sum_j q_j logits_j + z_loss * logsumexp(x)^2
+
+    With ``tau=1`` and ``rho=log V`` this is ``torch.nn.functional.cross_entropy``. The gradient of
+    the logits is formed in the forward visit for ``reduction`` "mean" and "sum", and recomputed in
+    the backward for "none".
+
+    Args:
+        logits: ``[..., V]`` float32, bfloat16, float16 or float64 (float64 on the CPU, or with
+            backend "reference"). Any row stride is used in place (a padded vocabulary is the view
+            ``logits[..., :V]``); a column stride other than 1 costs a copy.
+        target: ``[...]`` int64 or int32 class indices.
+        tau: temperature > 0: a number, a 0-d tensor or a tensor of the target's shape. A tensor
+            gets a gradient.
+        rho: KL radius >= 0 in nats, a number: where a row's KL is below it the temperature falls,
+            above it rises. It must be given where ``tau`` wants a gradient; else it is 0 by
+            default. At log V, which no KL reaches, and above every temperature falls; choose it
+            near the mean ``kl`` of :class:`TokenStats`.
+        row_weight: ``[...]`` real weight of each row's loss and gradients (masks, class weights,
+            advantages); may want a gradient.
+        normalizer: with "mean", what the sum is divided by, a number or a detached 0-d tensor (the
+            token count of all accumulated batches); default the sum of the weights of the rows
+            that are not ignored. Weights that may be negative need it: their sum can be 0 or
+            negative, which is not checked (that would wait for the GPU).
+        ignore_index: rows with this target have loss 0, gradient 0, and do not count in the mean.
+        label_smoothing: in [0, 1].
+        z_loss: factor >= 0 of ``logsumexp(x)^2``.
+        reduction: "mean", "sum" or "none" (a loss of the target's shape).
+        return_stats: also return :class:`TokenStats` from the same visit.
+        overwrite_logits: put the gradient in the logits' storage, which saves the second tensor
+            of their size. A later use of the logits, and a second backward, raise. Without
+            gradients (``no_grad``) they are left alone. Under torch.compile pass logits that are
+            no view; a later use is not detected there.
+        process_group: the processes that share the vocabulary; see below. Default: this one alone.
+        backend: "auto", "native" (C++ on the CPU, CUDA C++ on a GPU), "triton" or "reference"
+            (PyTorch). "auto" is native; on a GPU without the compiled extension, Triton.
+
+    Returns:
+        The loss in float32 (float64 for float64 logits), 0-d or of the target's shape; with
+        ``return_stats`` the pair ``(loss, TokenStats)``. The mean over no rows is NaN. A row with
+        a NaN or +inf logit, or with ``tau`` in a tensor not in (0, inf), has loss and gradient NaN.
+
+    With ``process_group``, each of its W ranks passes as many consecutive columns, in the order of
+    the ranks, and V above is W times their number. Everything else is the same on every rank:
+    targets count over all columns, and tau must be equal (of a TempNet: see its ``shard``). Loss,
+    statistics and the gradients of tau and row_weight come out equal on every rank, and are the
+    whole ones; that of the logits is the one of the rank's columns. The forward exchanges 28 bytes
+    per row (32 with ``return_stats``; twice that for float64) in one collective, the backward
+    nothing. A rank's logits are read in both, or twice in the forward with ``overwrite_logits``.
+    Numbers of columns that differ raise ValueError on every rank; on a GPU the loss is NaN. Every
+    rank must make the call, which breaks a compiled graph; an error of one rank alone leaves the
+    others waiting. ``torch.func`` transforms are for one process.
+
+    Raises:
+        ValueError, TypeError: an argument is off; the message names it, what was expected and what
+            came.
+        IndexError: a target outside [0, V) other than ``ignore_index`` in CPU tensors. On a GPU
+            that row is NaN instead.
+        RuntimeError: the backend is not available here.
+
+    Source: arXiv 2404.04575; official code ``GPT-2/megatron/model/tempnet.py``.
+    """
+    name = "dro_cross_entropy"
+    check_arguments(
+        name, logits, target, row_weight, normalizer, label_smoothing, z_loss, reduction
+    )
+    group = None if process_group is None else several(name, process_group)
+    v = logits.shape[-1]
+    vocab_size = columns_of(v, group)[1]
+    acc = accumulation_dtype(logits.dtype)
+    chosen = register.pick(name, "dro_cross_entropy_fwd", backend, logits.device)
+    check_has_float64(name, "logits", logits, chosen)
+
+    rows_target = target.reshape(-1)  # (N,)
+    n = rows_target.shape[0]
+    rows_tau = temperatures(name, "tau", tau, tuple(target.shape), logits.device, acc)  # (N,)
+    scale, total = row_scale(
+        rows_target, row_weight, normalizer, ignore_index, reduction, acc
+    )  # (N,), 0-d or None
+
+    learner = "tau" if torch.is_grad_enabled() and rows_tau.requires_grad else None
+    options = TokenOptions(
+        radius(name, rho, learner), ignore_index, float(label_smoothing), float(z_loss)
+    )
+    track = torch.is_grad_enabled() and logits.requires_grad
+    if overwrite_logits and track:
+        base, stride = _storage_to_overwrite(name, logits, reduction)
+        apply = _DROCrossEntropyOverwrite.apply if group is None else _overwrite_across_ranks
+        loss, rows, argmax, _ = apply(
+            base, rows_target, rows_tau, scale, options, v, stride, return_stats, group, chosen
+        )
+    else:
+        flat = unit_columns(logits.reshape(n, v))
+        want_grad = track and reduction != "none"
+        apply = _DROCrossEntropy.apply if group is None else _apply_across_ranks
+        loss, rows, argmax, _ = apply(
+            flat, rows_target, rows_tau, scale, options, want_grad, return_stats, group, chosen
+        )
+
+    loss = loss.reshape(target.shape) if reduction == "none" else loss.sum()
+    if total is not None:
+        loss = loss + 0 / total.detach()  # the mean over nothing is NaN
+    if not return_stats:
+        return loss
+    return loss, token_stats(rows, argmax, rows_tau, vocab_size, target.shape)
+
+
+def _storage_to_overwrite(name, logits, reduction):
+    """(tensor that is no view, row stride): rows of that stride in it begin with the rows of
+    ``logits``."""
+    if reduction == "none":
+        raise ValueError(f"{name}: overwrite_logits needs reduction 'mean' or 'sum', got 'none'")
+    base = logits if torch.compiler.is_compiling() or logits._base is None else logits._base
+    if base.is_leaf and base.requires_grad:
+        raise ValueError(
+            f"{name}: overwrite_logits needs logits that an operation made (the LM head's output), "
+            f"got {'a leaf' if base is logits else 'a view of a leaf'} that requires a gradient, "
+            "whose values autograd keeps; pass overwrite_logits=False"
+        )
+    if torch.compiler.is_compiling():
+        # Traced, a view has no base to ask for; the compiler replays the write on it.
+        stride, whole = logits.shape[-1], logits.is_contiguous()
+    else:
+        stride = logits.stride(-2) if logits.dim() > 1 else base.numel()
+        whole = (
+            base.is_contiguous()
+            and (logits.stride(-1) == 1 or logits.shape[-1] == 1)
+            and logits.storage_offset() == base.storage_offset()
+            and stride >= logits.shape[-1]
+            and base.numel() == logits[..., 0].numel() * stride
+            and all(
+                logits.stride(i) == logits.stride(i + 1) * logits.shape[i + 1]
+                for i in range(logits.dim() - 2)
+            )
+        )
+    if not whole:
+        raise ValueError(
+            f"{name}: overwrite_logits needs logits with column stride 1 whose rows fill their "
+            "storage (the LM head's output, a reshape of it, or [..., :V] of it), got shape "
+            f"{tuple(logits.shape)} with strides {tuple(logits.stride())} in a tensor of shape "
+            f"{tuple(base.shape)}"
+        )
+    return base, stride
+
+
+_op = register.operator
+
+
+class _DROCrossEntropy(torch.autograd.Function):
+    """(logits [N, V], tau [N], scale [N]) -> scale * loss [N], and rows and argmax without a
+    gradient. With ``group``, of several processes, the logits are this rank's columns."""
+
+    @staticmethod
+    def forward(logits, target, tau, scale, options, want_grad, want_argmax, group, backend):
+        if group is not None:
+            loss, rows, argmax = sharded_fwd(
+                backend, logits, target, tau, scale, options, group, want_argmax
+            )
+            return loss, rows, argmax, logits.new_empty((0, logits.shape[1]))
+        fwd = _op("dro_cross_entropy_fwd", backend)
+        grad, loss, rows, argmax = fwd(logits, target, tau, scale, *options, want_grad, want_argmax)
+        return loss, rows, argmax, grad
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        logits, target, tau, scale, ctx.options, want_grad, _, ctx.group, ctx.backend = inputs
+        ctx.want_grad = want_grad and ctx.group is None
+        _, rows, argmax, grad = output
+        ctx.mark_non_differentiable(rows, argmax, grad)
+        ctx.set_materialize_grads(False)
+        # What the backward needs of the logits: their gradient, or the logits themselves to make
+        # it (reduction "none", or with a group, whose ranks visit their logits twice in any case).
+        wide = grad if ctx.want_grad else logits if ctx.needs_input_grad[0] else None
+        ctx.save_for_backward(wide, target, tau, scale, rows)
+
+    @staticmethod
+    @once_differentiable("dro_cross_entropy")
+    def backward(ctx, grad_loss, *_):
+        if ctx.want_grad:
+            first_backward("dro_cross_entropy", ctx)
+        wide, target, tau, scale, rows = ctx.saved_tensors
+        if grad_loss is None:
+            return (None,) * 9
+        grad_logits = None
+        if ctx.needs_input_grad[0] and ctx.want_grad:
+            grad_logits = wide
+            _scale_saved_gradient(grad_logits, grad_loss, scale, ctx.backend)
+        elif ctx.needs_input_grad[0]:
+            grad_logits = _op("dro_cross_entropy_bwd", ctx.backend)(
+                wide, target, tau, grad_loss * scale, rows, *ctx.options[1:],
+                *columns_of(wide.shape[1], ctx.group),
+            )  # fmt: skip
+        grad_tau, grad_scale = _row_gradients(ctx, grad_loss, rows)
+        return (grad_logits, None, grad_tau, grad_scale) + (None,) * 5
+
+
+class _DROCrossEntropyOverwrite(torch.autograd.Function):
+    """As above, with the gradient in the storage of ``base``, whose rows of ``stride`` begin with
+    the V logits.
+
+    ``base`` must not be a view: autograd tracks a write to a view only for functions with one
+    output.
+    """
+
+    @staticmethod
+    def forward(base, target, tau, scale, options, v, stride, want_argmax, group, backend):
+        rows_of_base = base.view(-1, stride)
+        args = rows_of_base[:, :v], target, tau, scale
+        if group is None:
+            loss, rows, argmax = _op("dro_cross_entropy_fwd_", backend)(
+                *args, *options, want_argmax
+            )
+        else:
+            loss, rows, argmax = sharded_fwd_(backend, *args, options, group, want_argmax)
+        if v < stride:
+            rows_of_base[:, v:].zero_()  # the padding has no gradient
+        return loss, rows, argmax, base
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, _, _, scale, _, ctx.v, ctx.stride, _, _, ctx.backend = inputs
+        _, rows, argmax, base = output
+        ctx.mark_dirty(base)
+        ctx.mark_non_differentiable(rows, argmax)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(base, scale, rows)
+
+    @staticmethod
+    @once_differentiable("dro_cross_entropy")
+    def backward(ctx, grad_loss, _rows, _argmax, grad_base):
+        # The tracer of torch.compile feeds every output a gradient, used or not.
+        if grad_base is not None and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "dro_cross_entropy: the logits were used after overwrite_logits=True put their "
+                "gradient in them; use them before the loss, or pass overwrite_logits=False"
+            )
+        first_backward("dro_cross_entropy", ctx)
+        base, scale, rows = ctx.saved_tensors
+        if grad_loss is None:
+            return (None,) * 10
+        logits = base.view(-1, ctx.stride)[:, : ctx.v]
+        _scale_saved_gradient(logits, grad_loss, scale, ctx.backend)
+        grad_tau, grad_scale = _row_gradients(ctx, grad_loss, rows)
+        return (base, None, grad_tau, grad_scale) + (None,) * 6
+
+
+_apply_across_ranks = outside_graphs(_DROCrossEntropy.apply)
+_overwrite_across_ranks = outside_graphs(_DROCrossEntropyOverwrite.apply)
+
+
+def _scale_saved_gradient(grad, grad_loss, scale, backend):
+    if grad.dtype == torch.float16:
+        grad_loss = grad_loss * scale
+    _op("scale_rows_", backend)(grad, grad_loss)
+
+
+def _row_gradients(ctx, grad_loss, rows):
+    grad_tau = grad_loss * rows[TokenRow.GRAD_TAU] if ctx.needs_input_grad[2] else None
+    grad_scale = grad_loss * rows[TokenRow.LOSS] if ctx.needs_input_grad[3] else None
+    return grad_tau, grad_scale
+
+
+def _fake_fwd(
+    logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_grad, want_argmax
+):
+    n, v = logits.shape
+    loss, rows, argmax = _fake_fwd_(
+        logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_argmax
+    )
+    return logits.new_empty((n if want_grad else 0, v)), loss, rows, argmax
+
+
+def _fake_fwd_(logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_argmax):
+    n = logits.shape[0]
+    acc = accumulation_dtype(logits.dtype)
+    return (
+        logits.new_empty((n,), dtype=acc),
+        logits.new_empty((TokenRow.FIELDS, n), dtype=acc),
+        logits.new_empty((n if want_argmax else 0,), dtype=torch.int64),
+    )
+
+
+def _fake_bwd(
+    logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin, vocab_size
+):
+    return logits.new_empty(logits.shape)
+
+
+def _fake_stats(logits, target, tau, ignore_index, begin, vocab_size, want_mean, want_argmax):
+    n = logits.shape[0]
+    argmax = logits.new_empty((n if want_argmax else 0,), dtype=torch.int64)
+    return tau.new_empty((TokenPart.FIELDS, n)), argmax
+
+
+# logits [N, V] with column stride 1; target [N] int32 or int64; tau and scale [N] in the
+# accumulation dtype, any stride. scale is the row's weight over the normaliser. A row with target
+# == ignore_index is not read; one with scale 0 has loss and gradients exactly 0. Returns
+# (grad_logits, scale * loss, rows, argmax); grad_logits is scale * (c p - q) but for float16,
+# where it is c p - q: p / N underflows and the backward multiplies instead.
+register.define(
+    "dro_cross_entropy_fwd(Tensor logits, Tensor target, Tensor tau, Tensor scale, "
+    f"{register.arguments(TokenOptions)}, bool want_grad, bool want_argmax) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_fwd,
+    "dro_cross_entropy",
+)
+# The same, with grad_logits in the storage of the logits.
+register.define(
+    "dro_cross_entropy_fwd_(Tensor(a!) logits, Tensor target, Tensor tau, Tensor scale, "
+    f"{register.arguments(TokenOptions)}, bool want_argmax) "
+    "-> (Tensor, Tensor, Tensor)",
+    _fake_fwd_,
+    "dro_cross_entropy",
+)
+# grad_logits = scale * (c p - q) in one visit, from the state in rows; scaled for every dtype. The
+# logits are the columns [begin, begin + V) of vocab_size, over which targets are counted and labels
+# smoothed: see chunked/dro_cross_entropy.py.
+register.define(
+    "dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows, "
+    "int ignore_index, float label_smoothing, float z_loss, SymInt begin, SymInt vocab_size) "
+    "-> Tensor",
+    _fake_bwd,
+    "dro_cross_entropy",
+)
+# The same, with grad_logits in the storage of the logits.
+register.define(
+    "dro_cross_entropy_bwd_(Tensor(a!) logits, Tensor target, Tensor tau, Tensor scale, "
+    "Tensor rows, int ignore_index, float label_smoothing, float z_loss, SymInt begin, "
+    "SymInt vocab_size) -> ()",
+    lambda *args: None,
+    "dro_cross_entropy",
+)
+# grad[i] *= scale[i]; a row whose scale is 1 is not touched, one whose scale is 0 becomes exactly
+# 0.
+register.define(
+    "scale_rows_(Tensor(a!) grad, Tensor scale) -> ()",
+    lambda grad, scale: None,
+    "dro_cross_entropy",
+)
+# (parts, argmax) of the columns [begin, begin + V) of vocab_size: arguments as in
+# dro_cross_entropy_fwd, targets and argmax counted over all columns. An ignored row is not read;
+# that and a row with a bad temperature or target is NaN in parts. On no device does a bad target
+# raise here: another rank could be waiting for this one. MEAN_U holds anything unless want_mean;
+# argmax, in a row with NaN.
+register.define(
+    "dro_cross_entropy_stats(Tensor logits, Tensor target, Tensor tau, int ignore_index, "
+    "SymInt begin, SymInt vocab_size, bool want_mean, bool want_argmax) -> (Tensor, Tensor)",
+    _fake_stats,
+    "dro_cross_entropy",
+)

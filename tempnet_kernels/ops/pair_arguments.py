@@ -1,0 +1,96 @@
+"""The arguments of a loss of pairs, checked and as its operators take them."""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from tempnet_kernels.core.checks import check_floats, check_integers, check_like
+from tempnet_kernels.core.pairs import gather
+
+
+class Pairs(NamedTuple):
+    """Who is whose negative."""
+
+    positive: torch.Tensor  # (M,) int64, the column of each row's pair
+    ids: torch.Tensor  # (2, N) int32 or (0, N); columns that share one are no negatives
+    mask: torch.Tensor  # (M, N) bool or (0, N): false where a pair is no negative
+    include_positive: bool
+
+
+def check_features(name, image, text):
+    for argument, value in (("image", image), ("text", text)):
+        check_floats(name, argument, value)
+        if value.dim() != 2:
+            raise ValueError(f"{name}: {argument} must have 2 dimensions, got {value.dim()}")
+    if text.dtype != image.dtype:
+        raise TypeError(f"{name}: text must be of image's {image.dtype}, got {text.dtype}")
+    if text.device != image.device:
+        raise ValueError(f"{name}: text must be on {image.device}, got {text.device}")
+    if text.shape[1] != image.shape[1] or text.shape[0] < image.shape[0]:
+        raise ValueError(
+            f"{name}: text must have shape (N, {image.shape[1]}) with N >= {image.shape[0]}, "
+            f"got {tuple(text.shape)}"
+        )
+
+
+def log_averages(name, argument, log_s, m, device, acc):
+    if log_s is None:
+        return torch.full((m,), math.nan, dtype=acc, device=device)
+    if not isinstance(log_s, torch.Tensor) or not log_s.dtype.is_floating_point:
+        raise TypeError(f"{name}: {argument} must be a tensor of a floating-point dtype")
+    check_like(name, argument, log_s, (m,), device)
+    return log_s.detach().to(acc)
+
+
+def columns_of_pairs(name, positive, m, n, device):
+    """(the columns, in [0, N); where they were not, or None if that has been checked)"""
+    if positive is None:
+        return torch.arange(m, device=device), None
+    check_integers(name, "positive", positive, (m,), device)
+    positive = positive.long().contiguous()
+    outside = (positive < 0) | (positive >= n)
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        if outside.any():
+            row = int(outside.nonzero()[0])
+            raise IndexError(
+                f"{name}: positive[{row}] must be in [0, {n}), got {int(positive[row])}"
+            )
+        if positive.unique().numel() < m:
+            raise ValueError(f"{name}: positive must hold {m} different columns")
+        return positive, None
+    # Not read here, which would wait for the device: such a row is NaN.
+    return positive.clamp(0, n - 1), outside
+
+
+def checked_ids(name, argument, ids, n, device):
+    if ids is None:
+        return None
+    check_integers(name, argument, ids, (n,), device)
+    return ids.long()
+
+
+def ids_of_pairs(image_ids, text_ids, n, ranks, device):
+    """[2, N] int32 ranks of the ids: equal where the ids are; empty where no two are equal."""
+    given, repeated = [], False
+    readable = device.type == "cpu" and not torch.compiler.is_compiling()  # without waiting for it
+    for ids in (image_ids, None if text_ids is image_ids else text_ids):
+        if ids is not None:
+            ids = gather(ids, ranks)
+            ordered = ids.sort().values
+            repeated |= not readable or bool((ordered[1:] == ordered[:-1]).any())
+            given.append(torch.searchsorted(ordered, ids).int())
+    if not repeated:
+        return torch.empty((0, n), dtype=torch.int32, device=device)
+    return torch.stack([given[0], given[-1]])
+
+
+def pair_mask(name, mask, m, n, device):
+    if mask is None:
+        return torch.empty((0, n), dtype=torch.bool, device=device)
+    if not isinstance(mask, torch.Tensor) or mask.dtype != torch.bool:
+        raise TypeError(
+            f"{name}: negative_mask must be a bool tensor, got {getattr(mask, 'dtype', type(mask))}"
+        )
+    check_like(name, "negative_mask", mask, (m, n), device)
+    return mask if mask.stride(1) == 1 or n < 2 else mask.contiguous()
