@@ -79,7 +79,7 @@ def linear(dtype):
         net = TempNet(v, center=center).cuda()
         for softcap in (None, 5.0):
             loss = linear_dro_cross_entropy(
-                hidden, weight, target, tempnet=net, softcap=softcap, chunk_rows=32,
+                hidden, weight, target, tempnet=net, rho=1.0, softcap=softcap, chunk_rows=32,
                 backend="native",
             )  # fmt: skip
             loss.backward()

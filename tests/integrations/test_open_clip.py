@@ -160,7 +160,7 @@ def test_robust_contrastive_loss_takes_the_scale_of_a_model(shape):
 @pytest.mark.parametrize("method", ["clip", "sogclr", "tempnet"])
 def test_open_clips_loop_trains(open_clip, method, changes, caplog):
     caplog.set_level(logging.INFO)
-    options = networks() if method == "tempnet" else {}
+    options = networks() | {"rho": 1.0} if method == "tempnet" else {}
     loss_fn = TempNetClipLoss(method=method, **options)
     before = copy.deepcopy(loss_fn.state_dict())
     clip = method == "clip"
@@ -258,7 +258,7 @@ def test_bad_options_say_what_to_do(options, message):
     ],
 )  # fmt: skip
 def test_bad_calls_say_what_to_do(options, call, error, message):
-    options = {"method": "clip"} if "method" in options else networks() | options
+    options = {"method": "clip"} if "method" in options else {"rho": 1.0} | networks() | options
     image, text = features()
     with pytest.raises(error, match=message):
         TempNetClipLoss(**options)(image, text, **({"logit_scale": torch.tensor(10.0)} | call))
@@ -293,5 +293,5 @@ def test_a_resumed_loss_goes_on_with_its_averages_and_an_unlike_one_raises():
     assert resumed.state.log_s_text[:8].isfinite().all()
     with pytest.raises(RuntimeError, match=r"is of \(9,\) samples, the loss of \(0,\)"):
         TempNetClipLoss(rho=1.0, **networks()).load_state_dict(loss_fn.state_dict())
-    plain = RobustContrastiveLoss(9, **networks(1))
+    plain = RobustContrastiveLoss(9, rho=1.0, **networks(1))
     assert plain.load_state_dict(loss_fn.state_dict())  # the same names

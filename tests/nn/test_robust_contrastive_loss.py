@@ -42,7 +42,7 @@ def test_of_equal_ids_the_last_state_is_kept_and_they_are_no_negatives():
     loss_fn = make("sogclr", tau=0.1)
     value, stats = loss_fn(image, text, ids, return_stats=True)
     same, expected = dro_contrastive(
-        image, text, 0.1, 0.1, 7.0, gamma=0.8, image_ids=ids, text_ids=ids, return_stats=True
+        image, text, 0.1, 0.1, 1.0, gamma=0.8, image_ids=ids, text_ids=ids, return_stats=True
     )
     assert torch.equal(value, same)
     for name, log_s in (("log_s_image", expected.log_s_image), ("log_s_text", expected.log_s_text)):
@@ -56,7 +56,7 @@ def test_captions_of_one_image_are_no_negatives():
     image_ids = torch.arange(B) // 2
     loss_fn = make("sogclr", tau=0.1)
     value = loss_fn(image, text, torch.arange(B), image_ids=image_ids, text_ids=torch.arange(B))
-    assert torch.equal(value, dro_contrastive(image, text, 0.1, 0.1, 7.0, image_ids=image_ids))
+    assert torch.equal(value, dro_contrastive(image, text, 0.1, 0.1, 1.0, image_ids=image_ids))
 
 
 @pytest.mark.parametrize("change", ["update_state=False", "eval", "clip"])
@@ -226,7 +226,7 @@ def test_held_out_pairs_need_no_ids():
     image, text = features()
     loss_fn(image, text, torch.arange(B))
     value = loss_fn.eval()(image, text)
-    assert torch.equal(value, dro_contrastive(image, text, 0.1, 0.1, 7.0, gamma=0.8))
+    assert torch.equal(value, dro_contrastive(image, text, 0.1, 0.1, 1.0, gamma=0.8))
     with pytest.raises(ValueError, match="ids must be given for method 'isogclr'"):
         make("isogclr").eval()(image, text)
 
@@ -262,7 +262,9 @@ def test_no_pairs_and_one_pair(method, b):
             {"image_temp_gen": torch.nn.Identity(), "text_temp_gen": torch.nn.Identity(), "tau": 1},
             "tau goes with the other methods than 'tempnet', got 1",
         ),
-        ({"method": "sogclr", "rho": math.nan}, "rho must be finite, got nan"),
+        ({"method": "sogclr", "rho": math.nan}, "rho must be a finite number >= 0, got nan"),
+        ({"method": "isogclr"}, "rho must be given where method 'isogclr' learns"),
+        ({"method": "sogclr", "rho": -1}, "rho must be a finite number >= 0, got -1"),
         ({"method": "sogclr", "backend": "cuda"}, "backend must be one of"),
         (
             {"method": "sogclr", "num_samples": 1e3},

@@ -80,7 +80,7 @@ def test_loads_published_layouts(prefix, dtype, scaler_shape):
 
 
 def test_loads_as_a_part_of_a_model():
-    loss = TempNetCrossEntropyLoss(make(), 5.0)
+    loss = TempNetCrossEntropyLoss(make(), 3.0)
     state = {k: v.clone() for k, v in loss.state_dict().items()}
     state["tempnet.scaler"] = torch.tensor(0.5, dtype=torch.float64)
     loss.load_state_dict(state)
@@ -163,7 +163,7 @@ def test_loss_module_equals_the_function():
 
 
 def test_temperature_statistics():
-    loss_fn = TempNetCrossEntropyLoss(make().eval(), 5.0)
+    loss_fn = TempNetCrossEntropyLoss(make().eval(), 3.0)
     with pytest.raises(RuntimeError, match="needs a forward first"):
         loss_fn.temperature_stats()
     logits, target = torch.randn(5, V), torch.tensor([1, 2, -100, 4, 5])
@@ -181,13 +181,13 @@ def test_temperature_statistics():
 def test_statistics_do_not_wait_for_the_device():
     """Fake tensors raise on every read of their data."""
     with torch._subclasses.FakeTensorMode():
-        loss_fn = TempNetCrossEntropyLoss(TempNet(V), 5.0)
+        loss_fn = TempNetCrossEntropyLoss(TempNet(V), 3.0)
         loss_fn(torch.randn(5, V, requires_grad=True), torch.zeros(5, dtype=torch.int64)).backward()
         assert all(value.shape == () for value in loss_fn.temperature_stats())
 
 
 def test_compile_fullgraph_and_autocast():
-    loss_fn = TempNetCrossEntropyLoss(make(dropout=0.0), 5.0)
+    loss_fn = TempNetCrossEntropyLoss(make(dropout=0.0), 3.0)
     logits, target = torch.randn(5, V, requires_grad=True), torch.randint(0, V, (5,))
     expected = loss_fn(logits, target)
     torch._dynamo.reset()

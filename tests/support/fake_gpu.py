@@ -272,7 +272,7 @@ def sharded_linear(softcap, center):
     network = tempnet(2 * V, center=center).shard(GROUP)
     leaves = [randn(N, D, dtype=torch.bfloat16), randn(V, D, dtype=torch.bfloat16)]
     loss, stats = tk.linear_dro_cross_entropy(
-        *leaves, integers(2 * V, N), tempnet=network, softcap=softcap, chunk_rows=24,
+        *leaves, integers(2 * V, N), tempnet=network, rho=1.0, softcap=softcap, chunk_rows=24,
         return_stats=True, process_group=GROUP, backend="native",
     )  # fmt: skip
     tau = network(randn(N, V))

@@ -62,7 +62,7 @@ def test_bad_temperature_gives_nan(backend, bad):
     tau[2] = bad
     old = torch.zeros(6)
     loss, stats = dro_contrastive(
-        tensors[0], tensors[1], tau, tensors[3], log_s_image=old, gamma=0.5, return_stats=True,
+        tensors[0], tensors[1], tau, tensors[3], RHO, log_s_image=old, gamma=0.5, return_stats=True,
         backend=backend,
     )  # fmt: skip
     assert loss.isnan()
@@ -92,7 +92,7 @@ def test_gradients_only_where_wanted_and_two_backwards_agree(backend):
     loss = dro_contrastive(image.detach(), text, tau, 0.1, RHO, backend=backend)
     assert torch.autograd.grad(3 * loss, tau)[0].norm() > 0
     image, text, *taus = leaves((image, text, *taus))
-    loss = dro_contrastive(image, text, *taus, backend=backend)
+    loss = dro_contrastive(image, text, *taus, RHO, backend=backend)
     with pytest.raises(RuntimeError, match="dro_contrastive: there is no second derivative"):
         torch.autograd.grad(loss, image, create_graph=True)
 

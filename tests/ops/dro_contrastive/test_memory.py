@@ -10,7 +10,7 @@ features = torch.randn(2, {b}, 512) / 512**0.5
 def run(b):
     image, text = features[:, :b].detach().requires_grad_()
     tau = torch.full((b,), 0.1, requires_grad=True)
-    torch.autograd.grad(dro_contrastive(image, text, tau, tau), (image, text, tau))
+    torch.autograd.grad(dro_contrastive(image, text, tau, tau, 0.0), (image, text, tau))
 run(1000)  # code and thread pools
 print(peak_extra_mib(lambda: run({b})))
 """

@@ -249,7 +249,10 @@ def unlike(group, name):
     options = options.get(name, {}) if last else {}
     with torch.set_grad_enabled(not (last and name == "grad mode")):
         return error_of(
-            group, lambda _: dro_contrastive(image, text, tau, 1, process_group=group, **options)
+            group,
+            lambda _: dro_contrastive(
+                image, text, tau, 1, **{"rho": 0.0, **options}, process_group=group
+            ),
         )
 
 

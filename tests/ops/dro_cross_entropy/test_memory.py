@@ -12,7 +12,7 @@ wide = logits * 1.0
 target, tau = torch.randint(0, 32000, (1024,)), torch.rand(1024, requires_grad=True)
 small = torch.randn(4, 50, requires_grad=True)
 def run(z, y, t):
-    loss = dro_cross_entropy(z, y, t, overwrite_logits={overwrite})
+    loss = dro_cross_entropy(z, y, t, 0.0, overwrite_logits={overwrite})
     return torch.autograd.grad(loss, t if {overwrite} else (z, t))
 run(small * 1.0, target[:4] % 50, tau[:4])  # code and thread pools
 print(peak_extra_mib(lambda: run(wide, target, tau)), wide.nbytes / 2**20)

@@ -163,7 +163,14 @@ def test_equal_logits_have_the_same_temperature_folded(backend, monkeypatch):
     for fold in (True, False):
         monkeypatch.setattr(linear_module, "folding_pays", lambda *sizes, fold=fold: fold)
         _, stats = linear_dro_cross_entropy(
-            hidden, weight, target, tempnet=net, bias=bias, return_stats=True, backend=backend
+            hidden,
+            weight,
+            target,
+            tempnet=net,
+            rho=1.0,
+            bias=bias,
+            return_stats=True,
+            backend=backend,
         )
         taus.append(stats.tau)
     torch.testing.assert_close(*taus, rtol=1e-6, atol=0)

@@ -131,7 +131,7 @@ def exchanged(group, tensors, target, net):
         mock.patch.object(collectives.dist, "all_reduce", counted(reduce)),
     ):
         linear_dro_cross_entropy(
-            tensors[0], own(tensors[1], group), target, tempnet=net, process_group=group
+            tensors[0], own(tensors[1], group), target, tempnet=net, rho=RHO, process_group=group
         ).backward()
     return sum(count)
 
