@@ -11,10 +11,12 @@ import importlib
 import importlib.util
 import os
 from pathlib import Path
+from typing import Literal
 
 import torch
 
 BACKENDS = ("native", "triton", "reference")
+Backend = Literal["auto", "native", "triton", "reference"]
 # What backend="auto" takes per device type, fastest first: the first that is built. On an H100
 # native is the faster for the token loss from V = 8192 on (benchmarks/results/h100/,
 # benchmarks/NOTES.md); the other operators have not been measured.
@@ -22,7 +24,7 @@ AUTO = {"cpu": ("native",), "cuda": ("native", "triton")}
 _BUILD = "`pip install --no-build-isolation -e .` in the repository"
 
 _library = torch.library.Library("tempnet", "DEF")
-_modules = {}
+_modules: dict[str, str] = {}
 _python_devices = {"triton": ("CUDA", "CPU"), "reference": ("CUDA", "CPU")}
 
 
@@ -50,7 +52,7 @@ def define(schema, fake, module, chunked=False):
             call, devices = _lazy(name, f"chunked.{module}", backend), ("CUDA", "CPU")
         else:
             call = _lazy(name, f"{backend}.{module}")
-            devices = _python_devices.get(backend, ())
+            devices = _python_devices[backend] if backend in _python_devices else ()
         for device in devices:
             _library.impl(op, call, device)
 
@@ -147,7 +149,7 @@ def missing(op, backend, device):
 # imports all of torch._dynamo.
 missing._dynamo_marked_constant = True
 
-_available = {}
+_available: dict[tuple[str, str, str], str] = {}
 
 
 def auto_backend(op, device):

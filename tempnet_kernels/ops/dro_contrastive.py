@@ -14,9 +14,11 @@ ICML 2024.
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
+import torch.distributed as dist
+from typing_extensions import Unpack
 
 from tempnet_kernels.core import register
 from tempnet_kernels.core.checks import (
@@ -27,9 +29,11 @@ from tempnet_kernels.core.checks import (
 )
 from tempnet_kernels.core.collectives import outside_graphs
 from tempnet_kernels.core.fields import AnchorParameters, AnchorState, accumulation_dtype
-from tempnet_kernels.core.pairs import all_sum, gather, meet, merge, reduce_scatter
+from tempnet_kernels.core.pairs import Ranks, all_sum, gather, meet, merge, reduce_scatter
+from tempnet_kernels.core.register import Backend
 from tempnet_kernels.ops.anchors import anchors
 from tempnet_kernels.ops.pair_arguments import (
+    PairKeywords,
     Pairs,
     check_features,
     checked_ids,
@@ -55,25 +59,64 @@ class ContrastiveStats(NamedTuple):
     k_text: torch.Tensor
 
 
+@overload
 def dro_contrastive(
-    image,
-    text,
-    tau_image,
-    tau_text,
-    rho=None,
+    image: torch.Tensor,
+    text: torch.Tensor,
+    tau_image: float | torch.Tensor,
+    tau_text: float | torch.Tensor,
+    rho: float | None = ...,
     *,
-    log_s_image=None,
-    log_s_text=None,
-    gamma=1.0,
-    include_positive=False,
-    image_ids=None,
-    text_ids=None,
-    negative_mask=None,
-    positive=None,
-    return_stats=False,
-    process_group=None,
-    backend="auto",
-):
+    return_stats: Literal[False] = ...,
+    **keywords: Unpack[PairKeywords],
+) -> torch.Tensor: ...
+
+
+@overload
+def dro_contrastive(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    tau_image: float | torch.Tensor,
+    tau_text: float | torch.Tensor,
+    rho: float | None = ...,
+    *,
+    return_stats: Literal[True],
+    **keywords: Unpack[PairKeywords],
+) -> tuple[torch.Tensor, ContrastiveStats]: ...
+
+
+@overload
+def dro_contrastive(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    tau_image: float | torch.Tensor,
+    tau_text: float | torch.Tensor,
+    rho: float | None = ...,
+    *,
+    return_stats: bool,
+    **keywords: Unpack[PairKeywords],
+) -> torch.Tensor | tuple[torch.Tensor, ContrastiveStats]: ...
+
+
+def dro_contrastive(
+    image: torch.Tensor,
+    text: torch.Tensor,
+    tau_image: float | torch.Tensor,
+    tau_text: float | torch.Tensor,
+    rho: float | None = None,
+    *,
+    log_s_image: torch.Tensor | None = None,
+    log_s_text: torch.Tensor | None = None,
+    gamma: float = 1.0,
+    include_positive: bool = False,
+    image_ids: torch.Tensor | None = None,
+    text_ids: torch.Tensor | None = None,
+    negative_mask: torch.Tensor | None = None,
+    positive: torch.Tensor | None = None,
+    return_stats: bool = False,
+    process_group: "dist.ProcessGroup | Ranks | None" = None,
+    backend: Backend = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, ContrastiveStats]:
     r"""Robust global contrastive loss with a temperature per anchor, in both directions.
 
     With ``S = image @ text.T``, an image anchor i with its pair in column ``y = positive[i]`` has

@@ -11,9 +11,13 @@ Qiu et al., "To Cool or not to Cool? Temperature Network Meets Large Foundation 
 ICML 2024.
 """
 
-import torch
+from typing import Literal, overload
 
-from tempnet_kernels.chunked.dro_cross_entropy import columns_of, sharded_fwd, sharded_fwd_
+import torch
+import torch.distributed as dist
+from typing_extensions import Unpack
+
+from tempnet_kernels.chunked.dro_cross_entropy import columns_of, sharded_fwd
 from tempnet_kernels.core import register
 from tempnet_kernels.core.checks import (
     check_has_float64,
@@ -25,26 +29,77 @@ from tempnet_kernels.core.checks import (
 )
 from tempnet_kernels.core.collectives import outside_graphs, several
 from tempnet_kernels.core.fields import TokenOptions, TokenPart, TokenRow, accumulation_dtype
-from tempnet_kernels.ops.token_rows import check_arguments, row_scale, token_stats
+from tempnet_kernels.core.register import Backend
+from tempnet_kernels.ops.overwrite import (
+    DROCrossEntropyOverwrite,
+    overwrite_across_ranks,
+    row_gradients,
+    scale_saved_gradient,
+    storage_to_overwrite,
+)
+from tempnet_kernels.ops.token_rows import (
+    Reduction,
+    TokenKeywords,
+    TokenStats,
+    check_arguments,
+    row_scale,
+    token_stats,
+)
+
+
+@overload
+def dro_cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    tau: float | torch.Tensor = ...,
+    rho: float | None = ...,
+    *,
+    return_stats: Literal[False] = ...,
+    **keywords: Unpack[TokenKeywords],
+) -> torch.Tensor: ...
+
+
+@overload
+def dro_cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    tau: float | torch.Tensor = ...,
+    rho: float | None = ...,
+    *,
+    return_stats: Literal[True],
+    **keywords: Unpack[TokenKeywords],
+) -> tuple[torch.Tensor, TokenStats]: ...
+
+
+@overload
+def dro_cross_entropy(
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    tau: float | torch.Tensor = ...,
+    rho: float | None = ...,
+    *,
+    return_stats: bool,
+    **keywords: Unpack[TokenKeywords],
+) -> torch.Tensor | tuple[torch.Tensor, TokenStats]: ...
 
 
 def dro_cross_entropy(
-    logits,
-    target,
-    tau=1.0,
-    rho=None,
+    logits: torch.Tensor,
+    target: torch.Tensor,
+    tau: float | torch.Tensor = 1.0,
+    rho: float | None = None,
     *,
-    row_weight=None,
-    normalizer=None,
-    ignore_index=-100,
-    label_smoothing=0.0,
-    z_loss=0.0,
-    reduction="mean",
-    return_stats=False,
-    overwrite_logits=False,
-    process_group=None,
-    backend="auto",
-):
+    row_weight: torch.Tensor | None = None,
+    normalizer: float | torch.Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: Reduction = "mean",
+    return_stats: bool = False,
+    overwrite_logits: bool = False,
+    process_group: "dist.ProcessGroup | None" = None,
+    backend: Backend = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, TokenStats]:
     r"""Distributionally robust cross entropy with a temperature per row.
 
     With ``x = logits / tau`` and ``q = (1 - label_smoothing) * onehot(target) + label_smoothing /
@@ -135,15 +190,15 @@ def dro_cross_entropy(
     )
     track = torch.is_grad_enabled() and logits.requires_grad
     if overwrite_logits and track:
-        base, stride = _storage_to_overwrite(name, logits, reduction)
-        apply = _DROCrossEntropyOverwrite.apply if group is None else _overwrite_across_ranks
+        base, stride = storage_to_overwrite(name, logits, reduction)
+        apply = DROCrossEntropyOverwrite.apply if group is None else overwrite_across_ranks
         loss, rows, argmax, _ = apply(
             base, rows_target, rows_tau, scale, options, v, stride, return_stats, group, chosen
         )
     else:
         flat = unit_columns(logits.reshape(n, v))
         want_grad = track and reduction != "none"
-        apply = _DROCrossEntropy.apply if group is None else _apply_across_ranks
+        apply = DROCrossEntropy.apply if group is None else _apply_across_ranks
         loss, rows, argmax, _ = apply(
             flat, rows_target, rows_tau, scale, options, want_grad, return_stats, group, chosen
         )
@@ -156,48 +211,10 @@ def dro_cross_entropy(
     return loss, token_stats(rows, argmax, rows_tau, vocab_size, target.shape)
 
 
-def _storage_to_overwrite(name, logits, reduction):
-    """(tensor that is no view, row stride): rows of that stride in it begin with the rows of
-    ``logits``."""
-    if reduction == "none":
-        raise ValueError(f"{name}: overwrite_logits needs reduction 'mean' or 'sum', got 'none'")
-    base = logits if torch.compiler.is_compiling() or logits._base is None else logits._base
-    if base.is_leaf and base.requires_grad:
-        raise ValueError(
-            f"{name}: overwrite_logits needs logits that an operation made (the LM head's output), "
-            f"got {'a leaf' if base is logits else 'a view of a leaf'} that requires a gradient, "
-            "whose values autograd keeps; pass overwrite_logits=False"
-        )
-    if torch.compiler.is_compiling():
-        # Traced, a view has no base to ask for; the compiler replays the write on it.
-        stride, whole = logits.shape[-1], logits.is_contiguous()
-    else:
-        stride = logits.stride(-2) if logits.dim() > 1 else base.numel()
-        whole = (
-            base.is_contiguous()
-            and (logits.stride(-1) == 1 or logits.shape[-1] == 1)
-            and logits.storage_offset() == base.storage_offset()
-            and stride >= logits.shape[-1]
-            and base.numel() == logits[..., 0].numel() * stride
-            and all(
-                logits.stride(i) == logits.stride(i + 1) * logits.shape[i + 1]
-                for i in range(logits.dim() - 2)
-            )
-        )
-    if not whole:
-        raise ValueError(
-            f"{name}: overwrite_logits needs logits with column stride 1 whose rows fill their "
-            "storage (the LM head's output, a reshape of it, or [..., :V] of it), got shape "
-            f"{tuple(logits.shape)} with strides {tuple(logits.stride())} in a tensor of shape "
-            f"{tuple(base.shape)}"
-        )
-    return base, stride
-
-
 _op = register.operator
 
 
-class _DROCrossEntropy(torch.autograd.Function):
+class DROCrossEntropy(torch.autograd.Function):
     """(logits [N, V], tau [N], scale [N]) -> scale * loss [N], and rows and argmax without a
     gradient. With ``group``, of several processes, the logits are this rank's columns."""
 
@@ -235,80 +252,17 @@ class _DROCrossEntropy(torch.autograd.Function):
         grad_logits = None
         if ctx.needs_input_grad[0] and ctx.want_grad:
             grad_logits = wide
-            _scale_saved_gradient(grad_logits, grad_loss, scale, ctx.backend)
+            scale_saved_gradient(grad_logits, grad_loss, scale, ctx.backend)
         elif ctx.needs_input_grad[0]:
             grad_logits = _op("dro_cross_entropy_bwd", ctx.backend)(
                 wide, target, tau, grad_loss * scale, rows, *ctx.options[1:],
                 *columns_of(wide.shape[1], ctx.group),
             )  # fmt: skip
-        grad_tau, grad_scale = _row_gradients(ctx, grad_loss, rows)
+        grad_tau, grad_scale = row_gradients(ctx, grad_loss, rows)
         return (grad_logits, None, grad_tau, grad_scale) + (None,) * 5
 
 
-class _DROCrossEntropyOverwrite(torch.autograd.Function):
-    """As above, with the gradient in the storage of ``base``, whose rows of ``stride`` begin with
-    the V logits.
-
-    ``base`` must not be a view: autograd tracks a write to a view only for functions with one
-    output.
-    """
-
-    @staticmethod
-    def forward(base, target, tau, scale, options, v, stride, want_argmax, group, backend):
-        rows_of_base = base.view(-1, stride)
-        args = rows_of_base[:, :v], target, tau, scale
-        if group is None:
-            loss, rows, argmax = _op("dro_cross_entropy_fwd_", backend)(
-                *args, *options, want_argmax
-            )
-        else:
-            loss, rows, argmax = sharded_fwd_(backend, *args, options, group, want_argmax)
-        if v < stride:
-            rows_of_base[:, v:].zero_()  # the padding has no gradient
-        return loss, rows, argmax, base
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        _, _, _, scale, _, ctx.v, ctx.stride, _, _, ctx.backend = inputs
-        _, rows, argmax, base = output
-        ctx.mark_dirty(base)
-        ctx.mark_non_differentiable(rows, argmax)
-        ctx.set_materialize_grads(False)
-        ctx.save_for_backward(base, scale, rows)
-
-    @staticmethod
-    @once_differentiable("dro_cross_entropy")
-    def backward(ctx, grad_loss, _rows, _argmax, grad_base):
-        # The tracer of torch.compile feeds every output a gradient, used or not.
-        if grad_base is not None and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "dro_cross_entropy: the logits were used after overwrite_logits=True put their "
-                "gradient in them; use them before the loss, or pass overwrite_logits=False"
-            )
-        first_backward("dro_cross_entropy", ctx)
-        base, scale, rows = ctx.saved_tensors
-        if grad_loss is None:
-            return (None,) * 10
-        logits = base.view(-1, ctx.stride)[:, : ctx.v]
-        _scale_saved_gradient(logits, grad_loss, scale, ctx.backend)
-        grad_tau, grad_scale = _row_gradients(ctx, grad_loss, rows)
-        return (base, None, grad_tau, grad_scale) + (None,) * 6
-
-
-_apply_across_ranks = outside_graphs(_DROCrossEntropy.apply)
-_overwrite_across_ranks = outside_graphs(_DROCrossEntropyOverwrite.apply)
-
-
-def _scale_saved_gradient(grad, grad_loss, scale, backend):
-    if grad.dtype == torch.float16:
-        grad_loss = grad_loss * scale
-    _op("scale_rows_", backend)(grad, grad_loss)
-
-
-def _row_gradients(ctx, grad_loss, rows):
-    grad_tau = grad_loss * rows[TokenRow.GRAD_TAU] if ctx.needs_input_grad[2] else None
-    grad_scale = grad_loss * rows[TokenRow.LOSS] if ctx.needs_input_grad[3] else None
-    return grad_tau, grad_scale
+_apply_across_ranks = outside_graphs(DROCrossEntropy.apply)
 
 
 def _fake_fwd(

@@ -8,9 +8,11 @@ products, nothing is computed twice. The TempNet's first layer is folded into th
 (W1 W) h + W1 b, a product of width D instead of V.
 """
 
-import math
+from typing import Literal, overload
 
 import torch
+import torch.distributed as dist
+from typing_extensions import Unpack
 
 from tempnet_kernels.chunked import linear_dro_cross_entropy as chunked
 from tempnet_kernels.chunked.dro_cross_entropy import columns_of
@@ -18,13 +20,12 @@ from tempnet_kernels.core import register
 from tempnet_kernels.core.checks import (
     check_floats,
     check_has_float64,
-    check_like,
     first_backward,
     once_differentiable,
     radius,
     temperatures,
 )
-from tempnet_kernels.core.collectives import all_gather, outside_graphs, several
+from tempnet_kernels.core.collectives import outside_graphs, several
 from tempnet_kernels.core.fields import (
     LinearOptions,
     LinearWants,
@@ -33,7 +34,16 @@ from tempnet_kernels.core.fields import (
     accumulation_dtype,
 )
 from tempnet_kernels.core.matmul import unit_of
-from tempnet_kernels.ops.token_rows import check_arguments, row_scale, token_stats
+from tempnet_kernels.core.register import Backend
+from tempnet_kernels.ops.linear_arguments import check_layer, check_same_on_every_rank
+from tempnet_kernels.ops.token_rows import (
+    LinearKeywords,
+    Reduction,
+    TokenStats,
+    check_arguments,
+    row_scale,
+    token_stats,
+)
 
 # Bytes of a chunk's logits. Every chunk adds to the weight's gradient, which is read and written in
 # float32 each time: without that gradient a chunk can be smaller.
@@ -41,28 +51,61 @@ CHUNK_BYTES = {"cpu": 256 << 20, "cuda": 1 << 30}
 CHUNK_BYTES_WITHOUT_WEIGHT = {"cpu": 64 << 20, "cuda": 128 << 20}
 
 
+@overload
 def linear_dro_cross_entropy(
-    hidden,
-    weight,
-    target,
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
     *,
-    tempnet=None,
-    tau=1.0,
-    rho=None,
-    bias=None,
-    row_weight=None,
-    normalizer=None,
-    ignore_index=-100,
-    label_smoothing=0.0,
-    z_loss=0.0,
-    reduction="mean",
-    softcap=None,
-    chunk_rows=None,
-    drop_ignored=None,
-    return_stats=False,
-    process_group=None,
-    backend="auto",
-):
+    return_stats: Literal[False] = ...,
+    **keywords: Unpack[LinearKeywords],
+) -> torch.Tensor: ...
+
+
+@overload
+def linear_dro_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    return_stats: Literal[True],
+    **keywords: Unpack[LinearKeywords],
+) -> tuple[torch.Tensor, TokenStats]: ...
+
+
+@overload
+def linear_dro_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    return_stats: bool,
+    **keywords: Unpack[LinearKeywords],
+) -> torch.Tensor | tuple[torch.Tensor, TokenStats]: ...
+
+
+def linear_dro_cross_entropy(
+    hidden: torch.Tensor,
+    weight: torch.Tensor,
+    target: torch.Tensor,
+    *,
+    tempnet: torch.nn.Module | None = None,
+    tau: float | torch.Tensor = 1.0,
+    rho: float | None = None,
+    bias: torch.Tensor | None = None,
+    row_weight: torch.Tensor | None = None,
+    normalizer: float | torch.Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    z_loss: float = 0.0,
+    reduction: Reduction = "mean",
+    softcap: float | None = None,
+    chunk_rows: int | None = None,
+    drop_ignored: bool | None = None,
+    return_stats: bool = False,
+    process_group: "dist.ProcessGroup | None" = None,
+    backend: Backend = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, TokenStats]:
     r"""Distributionally robust cross entropy of ``z = hidden @ weight.T + bias``, without holding
     z.
 
@@ -161,7 +204,7 @@ def _loss(
         ("hidden", "D"),
     )  # fmt: skip
     group = None if process_group is None else several(name, process_group)
-    _check_layer(name, hidden, weight, bias, tau, softcap, chunk_rows, tempnet, group)
+    check_layer(name, hidden, weight, bias, tau, softcap, chunk_rows, tempnet, group)
     v, d = weight.shape
     acc = accumulation_dtype(hidden.dtype)
     chosen = register.pick(name, "row_moments", backend, device)
@@ -194,7 +237,7 @@ def _loss(
     if drop_ignored is None:
         drop_ignored = device.type == "cpu"
     if group is not None and device.type == "cpu":
-        _check_same_on_every_rank(name, group, v, d, n, chunk_rows, *wants)
+        check_same_on_every_rank(name, group, v, d, n, chunk_rows, *wants)
     options = LinearOptions(
         radius(name, rho, learner), ignore_index, float(label_smoothing), float(z_loss),
         float(softcap or 0), *bounds, center, fold, chunk_rows, drop_ignored,
@@ -213,59 +256,9 @@ def _loss(
     return loss, taus.reshape(target.shape)
 
 
-def _check_same_on_every_rank(name, group, *own):
-    """They decide which collectives follow. On a GPU reading them would wait for it."""
-    table = all_gather(torch.tensor(own), group)
-    if (table != table[0]).any():
-        v, d, n, chunk_rows, *wants = table.T.tolist()
-        raise ValueError(
-            f"{name}: weight must have as many rows on every rank of process_group, and D, the "
-            "number of rows, chunk_rows and what requires a gradient must be the same, got by rank "
-            f"{v}, {d}, {n}, {chunk_rows} and {wants}"
-        )
-
-
 def folding_pays(n, v, d):
     """Whether ``(W1 W) h`` and ``W1 W`` are less work than ``W1 z``."""
     return d * (n + v) < n * v
-
-
-def _check_layer(name, hidden, weight, bias, tau, softcap, chunk_rows, tempnet, group):
-    d = hidden.shape[-1]
-    if weight.dim() != 2 or weight.shape[1] != d or not weight.shape[0]:
-        raise ValueError(
-            f"{name}: weight must have shape (V, {d}) with V >= 1, got {tuple(weight.shape)}"
-        )
-    for argument, value in (("weight", weight), ("bias", bias)):
-        if value is not None and value.dtype != hidden.dtype:
-            raise TypeError(f"{name}: {argument} must be {hidden.dtype}, got {value.dtype}")
-    check_like(name, "weight", weight, tuple(weight.shape), hidden.device)
-    if bias is not None:
-        check_like(name, "bias", bias, (weight.shape[0],), hidden.device)
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"{name}: softcap must be a finite number > 0 or None, got {softcap}")
-    if chunk_rows is not None and chunk_rows < 1:
-        raise ValueError(f"{name}: chunk_rows must be >= 1 or None, got {chunk_rows}")
-    if tempnet is None:
-        return
-    if isinstance(tau, torch.Tensor) or tau != 1.0:
-        given = f"a tensor of shape {tuple(tau.shape)}" if isinstance(tau, torch.Tensor) else tau
-        raise ValueError(
-            f"{name}: tau must be left out where a tempnet predicts it, got {given}; for "
-            "temperatures of your own leave tempnet out"
-        )
-    if tempnet.process_group is not group:
-        raise ValueError(
-            f"{name}: tempnet must be sharded over process_group, by tempnet.shard(process_group)"
-        )
-    vocab_size = columns_of(weight.shape[0], group)[1]
-    if tempnet.vocab_size != vocab_size:
-        raise ValueError(
-            f"{name}: tempnet must be for the {vocab_size} rows of weight, "
-            f"got one for {tempnet.vocab_size}"
-        )
-    w1 = tempnet.proj[0].weight
-    check_like(name, "tempnet.proj[0].weight", w1, tuple(w1.shape), hidden.device)
 
 
 _op = register.operator

@@ -9,13 +9,14 @@ has kl(tau) = rho. It does not depend on the target.
 """
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 
 from tempnet_kernels.core import register
 from tempnet_kernels.core.checks import check_has_float64, check_rows, temperatures, unit_columns
 from tempnet_kernels.core.fields import accumulation_dtype
+from tempnet_kernels.core.register import Backend
 
 
 class SolverStats(NamedTuple):
@@ -25,7 +26,39 @@ class SolverStats(NamedTuple):
     iterations: torch.Tensor  # int32, how often kl was evaluated: at most 30
 
 
-def optimal_temperature(logits, rho, tau_min, tau_max, *, return_stats=False, backend="auto"):
+@overload
+def optimal_temperature(
+    logits: torch.Tensor,
+    rho: float | torch.Tensor,
+    tau_min: float,
+    tau_max: float,
+    *,
+    return_stats: Literal[False] = ...,
+    backend: Backend = ...,
+) -> torch.Tensor: ...
+
+
+@overload
+def optimal_temperature(
+    logits: torch.Tensor,
+    rho: float | torch.Tensor,
+    tau_min: float,
+    tau_max: float,
+    *,
+    return_stats: Literal[True],
+    backend: Backend = ...,
+) -> tuple[torch.Tensor, SolverStats]: ...
+
+
+def optimal_temperature(
+    logits: torch.Tensor,
+    rho: float | torch.Tensor,
+    tau_min: float,
+    tau_max: float,
+    *,
+    return_stats: bool = False,
+    backend: Backend = "auto",
+) -> torch.Tensor | tuple[torch.Tensor, SolverStats]:
     r"""The temperature at which a row's softmax is ``rho`` away from uniform, clipped.
 
     Per row the ``tau`` in ``[tau_min, tau_max]`` with

@@ -1,12 +1,30 @@
 """The arguments of a loss of pairs, checked and as its operators take them."""
 
 import math
-from typing import NamedTuple
+from typing import NamedTuple, TypedDict
 
 import torch
+import torch.distributed as dist
 
 from tempnet_kernels.core.checks import check_floats, check_integers, check_like
-from tempnet_kernels.core.pairs import gather
+from tempnet_kernels.core.pairs import Ranks, gather
+from tempnet_kernels.core.register import Backend
+
+
+class PairKeywords(TypedDict, total=False):
+    """The keywords of :func:`tempnet_kernels.dro_contrastive` that do not change what it
+    returns."""
+
+    log_s_image: torch.Tensor | None
+    log_s_text: torch.Tensor | None
+    gamma: float
+    include_positive: bool
+    image_ids: torch.Tensor | None
+    text_ids: torch.Tensor | None
+    negative_mask: torch.Tensor | None
+    positive: torch.Tensor | None
+    process_group: "dist.ProcessGroup | Ranks | None"
+    backend: Backend
 
 
 class Pairs(NamedTuple):

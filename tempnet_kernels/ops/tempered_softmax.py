@@ -24,9 +24,12 @@ from tempnet_kernels.core.checks import (
     unit_columns,
 )
 from tempnet_kernels.core.fields import accumulation_dtype
+from tempnet_kernels.core.register import Backend
 
 
-def tempered_softmax(logits, tau, *, backend="auto"):
+def tempered_softmax(
+    logits: torch.Tensor, tau: float | torch.Tensor, *, backend: Backend = "auto"
+) -> torch.Tensor:
     r"""Softmax over the last axis with a temperature per row, ``softmax(logits / tau)``.
 
     Computed in float32 (float64 for float64 logits), centred before every rounding: a large offset
@@ -58,7 +61,9 @@ def tempered_softmax(logits, tau, *, backend="auto"):
     return _softmax("tempered_softmax", logits, tau, False, backend)
 
 
-def tempered_log_softmax(logits, tau, *, backend="auto"):
+def tempered_log_softmax(
+    logits: torch.Tensor, tau: float | torch.Tensor, *, backend: Backend = "auto"
+) -> torch.Tensor:
     r"""Log-softmax over the last axis with a temperature per row, ``log_softmax(logits / tau)``.
 
     Args:

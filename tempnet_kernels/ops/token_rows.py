@@ -1,14 +1,48 @@
 """What the token losses share: their arguments, the weight of a row, the statistics."""
 
 import math
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypedDict
 
 import torch
+import torch.distributed as dist
 
 from tempnet_kernels.core.checks import check_like, check_rows
 from tempnet_kernels.core.fields import TokenRow
+from tempnet_kernels.core.register import Backend
 
 REDUCTIONS = ("mean", "sum", "none")
+Reduction = Literal["mean", "sum", "none"]
+
+
+class RowKeywords(TypedDict, total=False):
+    """The keywords of both token losses that do not change what they return."""
+
+    row_weight: torch.Tensor | None
+    normalizer: float | torch.Tensor | None
+    ignore_index: int
+    label_smoothing: float
+    z_loss: float
+    reduction: Reduction
+    process_group: "dist.ProcessGroup | None"
+    backend: Backend
+
+
+class TokenKeywords(RowKeywords, total=False):
+    """Those of :func:`tempnet_kernels.dro_cross_entropy`."""
+
+    overwrite_logits: bool
+
+
+class LinearKeywords(RowKeywords, total=False):
+    """Those of :func:`tempnet_kernels.linear_dro_cross_entropy`."""
+
+    tempnet: torch.nn.Module | None
+    tau: float | torch.Tensor
+    rho: float | None
+    bias: torch.Tensor | None
+    softcap: float | None
+    chunk_rows: int | None
+    drop_ignored: bool | None
 
 
 class TokenStats(NamedTuple):

@@ -271,21 +271,22 @@ class TemperatureOperators:
         return tau, kl, iterations
 
 
-# {op: (the module that calls its operators, what stands for them)}
+# {op: (what stands for its operators, the modules that call them)}
 OPERATORS = {
-    "dro_cross_entropy": ("tempnet_kernels.ops.dro_cross_entropy", Operators),
-    "linear_dro_cross_entropy": ("tempnet_kernels.chunked.linear_dro_cross_entropy", Operators),
-    "dro_contrastive": ("tempnet_kernels.chunked.dro_contrastive", ContrastiveOperators),
-    "tempered_softmax": ("tempnet_kernels.ops.tempered_softmax", SoftmaxOperators),
-    "optimal_temperature": ("tempnet_kernels.ops.optimal_temperature", TemperatureOperators),
+    "dro_cross_entropy": (Operators, "ops.dro_cross_entropy", "ops.overwrite"),
+    "linear_dro_cross_entropy": (Operators, "chunked.linear_dro_cross_entropy"),
+    "dro_contrastive": (ContrastiveOperators, "chunked.dro_contrastive"),
+    "tempered_softmax": (SoftmaxOperators, "ops.tempered_softmax"),
+    "optimal_temperature": (TemperatureOperators, "ops.optimal_temperature"),
 }
 
 
 def install(monkeypatch, op, **plan):
     """Let the backends of ``op`` be its CUDA kernels in the emulator."""
-    name, operators = OPERATORS[op]
-    operators = operators(load(), **plan)
-    monkeypatch.setattr(importlib.import_module(name), "_op", operators)
+    kind, *callers = OPERATORS[op]
+    operators = kind(load(), **plan)
+    for caller in callers:
+        monkeypatch.setattr(f"tempnet_kernels.{caller}._op", operators)
     return operators
 
 
