@@ -25,7 +25,6 @@ _BUILD = "`pip install --no-build-isolation -e .` in the repository"
 
 _library = torch.library.Library("tempnet", "DEF")
 _modules: dict[str, str] = {}
-_python_devices = {"triton": ("CUDA", "CPU"), "reference": ("CUDA", "CPU")}
 
 
 def define(schema, fake, module, chunked=False):
@@ -49,10 +48,11 @@ def define(schema, fake, module, chunked=False):
             bump = _version_bump(name, backend, written)
             _library.impl(op, bump, "ADInplaceOrView", with_keyset=True)
         if chunked and backend != "reference":
-            call, devices = _lazy(name, f"chunked.{module}", backend), ("CUDA", "CPU")
+            call = _lazy(name, f"chunked.{module}", backend)
+            devices = ("CUDA", "CPU")
         else:
             call = _lazy(name, f"{backend}.{module}")
-            devices = _python_devices[backend] if backend in _python_devices else ()
+            devices = () if backend == "native" else ("CUDA", "CPU")
         for device in devices:
             _library.impl(op, call, device)
 
@@ -147,7 +147,7 @@ def missing(op, backend, device):
 
 # The first call may be a compiled one. torch.compiler.assume_constant_result sets the same, and
 # imports all of torch._dynamo.
-missing._dynamo_marked_constant = True
+setattr(missing, "_dynamo_marked_constant", True)  # noqa: B010
 
 _available: dict[tuple[str, str, str], str] = {}
 

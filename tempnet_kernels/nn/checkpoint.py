@@ -1,12 +1,14 @@
 """Reads and writes TempNets: this package's files, the published ones, and models that hold one."""
 
 import json
+import os
 import re
 import warnings
 import zipfile
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -35,7 +37,7 @@ TRACKERS = {
 }
 
 
-def save_tempnet(tempnet, path):
+def save_tempnet(tempnet: TempNet, path: str | os.PathLike) -> None:
     """Write ``tempnet`` and its settings to the safetensors file ``path``, under the published
     names (``tempnet.proj.0.weight``, ...). :func:`load_tempnet` reads it.
 
@@ -63,7 +65,14 @@ def undivided(tempnet):
     return state
 
 
-def load_tempnet(source, *, prefix=None, tau_min=None, tau_max=None, center=None):
+def load_tempnet(
+    source: str | os.PathLike | Mapping[str, Any],
+    *,
+    prefix: str | None = None,
+    tau_min: float | None = None,
+    tau_max: float | None = None,
+    center: Literal["max"] | None = None,
+) -> TempNet:
     """The :class:`TempNet` of a checkpoint, float32 on the CPU and in evaluation mode.
 
     Args:

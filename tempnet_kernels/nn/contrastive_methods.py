@@ -14,7 +14,7 @@ class Method:
     """``loss`` is the module, which holds parameters, networks and state by their published
     names."""
 
-    tau = None  # that it begins with by default
+    tau: float | None = None  # that it begins with by default
     needs_state = False
     softmax = False  # CLIP's loss: the positive counts, and nothing is remembered
     learns = False  # its temperatures from rho

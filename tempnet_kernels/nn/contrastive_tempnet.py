@@ -38,8 +38,15 @@ class ContrastiveTempNet(nn.Module):
     """
 
     def __init__(
-        self, feature_dim, tau_min=0.005, tau_max=0.05, *, num_prototypes=256, dropout=0.5, seed=0
-    ):
+        self,
+        feature_dim: int,
+        tau_min: float = 0.005,
+        tau_max: float = 0.05,
+        *,
+        num_prototypes: int = 256,
+        dropout: float = 0.5,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         for argument, value in (("feature_dim", feature_dim), ("num_prototypes", num_prototypes)):
             if value < 1:
@@ -63,7 +70,7 @@ class ContrastiveTempNet(nn.Module):
         self.register_load_state_dict_pre_hook(_accept_official_layout)
 
     @torch.no_grad()
-    def init_prototypes(self, features):
+    def init_prototypes(self, features: torch.Tensor) -> None:
         """Replace the prototypes by the first K rows of ``features`` ``[>= K, D]``: before the
         first step, and before DDP or FSDP takes the module, with the same features on every rank.
         The official code gives each side's network features of the other side."""
@@ -76,7 +83,9 @@ class ContrastiveTempNet(nn.Module):
             )
         self.prototypes.copy_(features[:k])
 
-    def forward(self, features, ids=None, *, new_mask=True):
+    def forward(
+        self, features: torch.Tensor, ids: torch.Tensor | None = None, *, new_mask: bool = True
+    ) -> torch.Tensor:
         """features ``[B, D]`` of a float dtype -> temperatures ``[B]`` in float32 (float64 for a
         float64 network). Under autocast, too, it computes in the dtype of its parameters.
 
@@ -124,7 +133,7 @@ class ContrastiveTempNet(nn.Module):
         key = self.dropout_step + (self.seed << 32)
         return x * hashed_dropout(key, ids, x.shape[1], self.dropout, x.dtype)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return f"tau=[{self.tau_min}, {self.tau_max}], dropout={self.dropout}, seed={self.seed}"
 
 

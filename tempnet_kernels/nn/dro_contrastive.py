@@ -1,7 +1,7 @@
 """The contrastive loss as a module that holds its state."""
 
 import math
-from typing import NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -11,11 +11,11 @@ from tempnet_kernels.core.checks import check_integers, check_reachable, in_back
 from tempnet_kernels.core.collectives import SharesGroup
 from tempnet_kernels.core.fields import accumulation_dtype
 from tempnet_kernels.core.pairs import all_sum, gather, meet
-from tempnet_kernels.core.register import BACKENDS
+from tempnet_kernels.core.register import BACKENDS, Backend
 from tempnet_kernels.nn.contrastive_methods import METHODS
 from tempnet_kernels.nn.per_sample_state import PerSampleState
 from tempnet_kernels.nn.tempnet import TemperatureStats
-from tempnet_kernels.ops.dro_contrastive import dro_contrastive
+from tempnet_kernels.ops.dro_contrastive import ContrastiveStats, dro_contrastive
 from tempnet_kernels.ops.pair_arguments import check_features
 from tempnet_kernels.reference.official import official_contrastive
 
@@ -86,11 +86,25 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
     2305.11965. SogCLR: arXiv 2202.12387.
     """
 
+    image_temp_gen: Any
+    text_temp_gen: Any
+
     def __init__(
-        self, num_samples, gamma=0.8, rho=None, *, method="tempnet", tau=None, tau_min=None,
-        tau_max=None, image_temp_gen=None, text_temp_gen=None, estimator="log",
-        process_group="world", backend="auto",
-    ):  # fmt: skip
+        self,
+        num_samples: int,
+        gamma: float = 0.8,
+        rho: float | None = None,
+        *,
+        method: Literal["clip", "sogclr", "isogclr", "tempnet"] = "tempnet",
+        tau: float | None = None,
+        tau_min: float | None = None,
+        tau_max: float | None = None,
+        image_temp_gen: nn.Module | None = None,
+        text_temp_gen: nn.Module | None = None,
+        estimator: Literal["log", "official"] = "log",
+        process_group: "dist.ProcessGroup | Literal['world'] | None" = "world",
+        backend: Backend = "auto",
+    ) -> None:
         super().__init__()
         name = "RobustContrastiveLoss"
         if method not in METHODS:
@@ -147,9 +161,19 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
         self._taus = None
 
     def forward(
-        self, image, text, ids=None, *, image_ids=None, text_ids=None, negative_mask=None,
-        update_state=True, logit_scale=None, epoch=None, return_stats=False,
-    ):  # fmt: skip
+        self,
+        image: torch.Tensor,
+        text: torch.Tensor,
+        ids: torch.Tensor | None = None,
+        *,
+        image_ids: torch.Tensor | None = None,
+        text_ids: torch.Tensor | None = None,
+        negative_mask: torch.Tensor | None = None,
+        update_state: bool = True,
+        logit_scale: float | torch.Tensor | None = None,
+        epoch: int | None = None,
+        return_stats: bool = False,
+    ) -> torch.Tensor | tuple[torch.Tensor, ContrastiveStats]:
         """The loss of a batch of pairs.
 
         Args:
@@ -193,12 +217,13 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
         pairs = image.shape[0] if ranks is None else ranks.pairs
         self._check_rho(pairs)
         taus = self._temperatures(image, text, ids, update, logit_scale)
-        log_s = {}
+        log_s_image = log_s_text = None
         if ids is not None and not own.softmax:
-            log_s = {x: self.state.read(x, ids) for x in ("log_s_image", "log_s_text")}
+            log_s_image = self.state.read("log_s_image", ids)
+            log_s_text = self.state.read("log_s_text", ids)
         value, stats = dro_contrastive(
-            image, text, *taus, 0.0 if own.softmax else self.rho, **log_s,
-            gamma=1.0 if own.softmax else self.gamma, include_positive=own.softmax,
+            image, text, *taus, 0.0 if own.softmax else self.rho, log_s_image=log_s_image,
+            log_s_text=log_s_text, gamma=1.0 if own.softmax else self.gamma, include_positive=own.softmax,
             image_ids=image_ids, text_ids=text_ids, negative_mask=negative_mask,
             return_stats=True, process_group=ranks, backend=self.backend,
         )  # fmt: skip
@@ -214,7 +239,7 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
             value = value + (cross_entropy - value).detach()
         return (value, stats) if return_stats else value
 
-    def temperature_stats(self):
+    def temperature_stats(self) -> ContrastiveTemperatureStats:
         """:class:`ContrastiveTemperatureStats` of the last batch, of this rank's pairs, without
         waiting for a GPU."""
         if self._taus is None:
@@ -351,6 +376,6 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
             self.state.write(ids, **METHODS[self.method].step(self, ids, taus, k, k))
         return value
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         options = ("num_samples", "gamma", "rho", "method", "estimator", "backend")
         return ", ".join(f"{name}={getattr(self, name)!r}" for name in options)

@@ -1,14 +1,19 @@
 """The token loss as modules."""
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
 from tempnet_kernels.core.checks import check_reachable, radius
 from tempnet_kernels.core.collectives import SharesGroup
+from tempnet_kernels.core.register import Backend
 from tempnet_kernels.nn.tempnet import TemperatureStats, TempNet
 from tempnet_kernels.ops.dro_cross_entropy import dro_cross_entropy
 from tempnet_kernels.ops.linear_dro_cross_entropy import loss_and_temperatures
+from tempnet_kernels.ops.token_rows import Reduction, TokenStats
 
 
 class DROCrossEntropyLoss(SharesGroup, nn.Module):
@@ -19,15 +24,24 @@ class DROCrossEntropyLoss(SharesGroup, nn.Module):
     """
 
     def __init__(
-        self, rho=None, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, reduction="mean",
-        return_stats=False, overwrite_logits=False, process_group=None, backend="auto",
-    ):  # fmt: skip
+        self,
+        rho: float | None = None,
+        *,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        reduction: Reduction = "mean",
+        return_stats: bool = False,
+        overwrite_logits: bool = False,
+        process_group: "dist.ProcessGroup | None" = None,
+        backend: Backend = "auto",
+    ) -> None:
         super().__init__()
         if rho is not None:
             rho = radius("DROCrossEntropyLoss", rho)
         self.rho = rho
         self.process_group = process_group
-        self.options = {
+        self.options: dict[str, Any] = {
             "ignore_index": ignore_index,
             "label_smoothing": label_smoothing,
             "z_loss": z_loss,
@@ -37,7 +51,15 @@ class DROCrossEntropyLoss(SharesGroup, nn.Module):
             "backend": backend,
         }
 
-    def forward(self, logits, target, tau=1.0, *, row_weight=None, normalizer=None):
+    def forward(
+        self,
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        tau: float | torch.Tensor = 1.0,
+        *,
+        row_weight: torch.Tensor | None = None,
+        normalizer: float | torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, TokenStats]:
         """As :func:`tempnet_kernels.dro_cross_entropy`."""
         return dro_cross_entropy(
             logits,
@@ -50,7 +72,7 @@ class DROCrossEntropyLoss(SharesGroup, nn.Module):
             **self.options,
         )
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in {"rho": self.rho, **self.options}.items())
 
 
@@ -58,7 +80,9 @@ class _PredictedTemperatures(nn.Module):
     """Holds the TempNet, so that an optimizer, DDP and a checkpoint of this module see its
     parameters, and the temperatures of the last batch."""
 
-    def __init__(self, tempnet, rho):
+    tempnet: Any  # an nn.Module, maybe wrapped in one
+
+    def __init__(self, tempnet: nn.Module, rho: float) -> None:
         super().__init__()
         name = type(self).__name__
         if not isinstance(tempnet, nn.Module):
@@ -75,12 +99,12 @@ class _PredictedTemperatures(nn.Module):
         self._live = None
 
     @property
-    def process_group(self):
+    def process_group(self) -> "dist.ProcessGroup | None":
         """That of ``tempnet.shard``. DDP and FSDP have one of that name, which is another."""
         network = getattr(self.tempnet, "module", self.tempnet)
         return network.process_group if isinstance(network, TempNet) else None
 
-    def temperature_stats(self):
+    def temperature_stats(self) -> TemperatureStats:
         """:class:`TemperatureStats` of the last batch, without waiting for a GPU."""
         if self._tau is None:
             name = type(self).__name__
@@ -105,7 +129,7 @@ class TempNetCrossEntropyLoss(_PredictedTemperatures):
             of ``tempnet.shard``.
     """
 
-    def __init__(self, tempnet, rho, **options):
+    def __init__(self, tempnet: nn.Module, rho: float, **options: Any) -> None:
         super().__init__(tempnet, rho)
         if "process_group" in options:
             raise ValueError(
@@ -114,7 +138,14 @@ class TempNetCrossEntropyLoss(_PredictedTemperatures):
             )
         self.loss = DROCrossEntropyLoss(rho, **options)
 
-    def forward(self, logits, target, *, row_weight=None, normalizer=None):
+    def forward(
+        self,
+        logits: torch.Tensor,
+        target: torch.Tensor,
+        *,
+        row_weight: torch.Tensor | None = None,
+        normalizer: float | torch.Tensor | None = None,
+    ) -> torch.Tensor | tuple[torch.Tensor, TokenStats]:
         """logits ``[..., V]``, target ``[...]`` -> the loss, or ``(loss, TokenStats)`` with
         ``return_stats``."""
         tau = self.tempnet(logits.detach())
@@ -145,13 +176,21 @@ class TempNetCausalLMLoss(_PredictedTemperatures):
     """
 
     def __init__(
-        self, tempnet, rho, *, ignore_index=-100, label_smoothing=0.0, z_loss=0.0, softcap=None,
-        chunk_rows=None, backend="auto",
-    ):  # fmt: skip
+        self,
+        tempnet: nn.Module,
+        rho: float,
+        *,
+        ignore_index: int = -100,
+        label_smoothing: float = 0.0,
+        z_loss: float = 0.0,
+        softcap: float | None = None,
+        chunk_rows: int | None = None,
+        backend: Backend = "auto",
+    ) -> None:
         super().__init__(tempnet, rho)
         self.softcap = softcap
         self.chunk_rows = chunk_rows
-        self.options = {
+        self.options: dict[str, Any] = {
             "ignore_index": ignore_index,
             "label_smoothing": label_smoothing,
             "z_loss": z_loss,
@@ -159,8 +198,15 @@ class TempNetCausalLMLoss(_PredictedTemperatures):
         }
 
     def forward(
-        self, inputs, labels, num_items_in_batch=None, *, weight=None, bias=None, shift_labels=None
-    ):
+        self,
+        inputs: torch.Tensor,
+        labels: torch.Tensor | None,
+        num_items_in_batch: float | torch.Tensor | None = None,
+        *,
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
+        shift_labels: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """inputs: hidden states ``[..., T, D]`` with ``weight [V, D]`` (and ``bias [V]``), or
         logits ``[..., T, V]``. labels ``[..., T]``, not shifted; or ``shift_labels`` of that shape,
         shifted already, and then ``labels`` is not read. num_items_in_batch: the number to divide
@@ -168,6 +214,8 @@ class TempNetCausalLMLoss(_PredictedTemperatures):
         ignore_index = self.options["ignore_index"]
         target = shift_labels
         if target is None:
+            if labels is None:
+                raise TypeError("TempNetCausalLMLoss: labels or shift_labels must be given")
             target = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         # A model whose layers are on several devices has its labels on the first.
         target = target.to(inputs.device)
@@ -203,6 +251,6 @@ class TempNetCausalLMLoss(_PredictedTemperatures):
                 "the model's output layer"
             )
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         options = {"rho": self.rho, **self.options, "softcap": self.softcap}
         return ", ".join(f"{k}={v!r}" for k, v in options.items())

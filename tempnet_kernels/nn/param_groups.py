@@ -1,5 +1,7 @@
 """Parameter groups for an optimizer of a model with TempNets."""
 
+from typing import Any
+
 from torch import nn
 
 from tempnet_kernels.nn.contrastive_tempnet import ContrastiveTempNet
@@ -8,7 +10,14 @@ from tempnet_kernels.nn.tempnet import TempNet
 NAME = "tempnet_param_groups"
 
 
-def tempnet_param_groups(module, lr, *, tempnet_lr, weight_decay=0.0, tempnet_weight_decay=0.0):
+def tempnet_param_groups(
+    module: nn.Module,
+    lr: float,
+    *,
+    tempnet_lr: float,
+    weight_decay: float = 0.0,
+    tempnet_weight_decay: float = 0.0,
+) -> list[dict[str, Any]]:
     """The trainable parameters of ``module`` as groups for a ``torch.optim`` optimizer.
 
     Three groups, each with its ``name``, of which an empty one is left out: ``decay`` (of two and
@@ -39,7 +48,7 @@ def tempnet_param_groups(module, lr, *, tempnet_lr, weight_decay=0.0, tempnet_we
             f"{type(module).__name__} without one: make the loss a submodule of the module"
         )
     own = {p for network in networks for p in network.parameters()}
-    groups = {
+    groups: dict[str, dict[str, Any]] = {
         "decay": {"params": [], "lr": lr, "weight_decay": weight_decay},
         "no_decay": {"params": [], "lr": lr, "weight_decay": 0.0},
         "tempnet": {"params": [], "lr": tempnet_lr, "weight_decay": tempnet_weight_decay},

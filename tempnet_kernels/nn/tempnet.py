@@ -1,9 +1,11 @@
 """The temperature network for language models."""
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
@@ -27,7 +29,9 @@ class TemperatureStats(NamedTuple):
     at_max: torch.Tensor  # share of rows within 1 % of the range of tau_max
 
     @classmethod
-    def of(cls, tau, low, high, live=None):
+    def of(
+        cls, tau: torch.Tensor, low: float, high: float, live: torch.Tensor | None = None
+    ) -> "TemperatureStats":
         """Of temperatures in [low, high], where ``live`` is true; of none NaN."""
         if not tau.numel():
             return cls(*tau.new_full((5,), math.nan).unbind())
@@ -42,7 +46,7 @@ class TemperatureStats(NamedTuple):
             at_max=(live & (tau >= high - margin)).sum() / n,
         )
 
-    def floats(self):
+    def floats(self) -> dict[str, float]:
         """{name: number}, for which a GPU is waited for once."""
         return dict(zip(self._fields, torch.stack(self).tolist(), strict=True))
 
@@ -74,9 +78,19 @@ class TempNet(SharesGroup, nn.Module):
     Source: arXiv 2404.04575; official code ``GPT-2/megatron/model/tempnet.py``.
     """
 
+    proj: Any  # layers, whose attributes a type checker does not find in an nn.Sequential
+    process_group: "dist.ProcessGroup | None"
+
     def __init__(
-        self, vocab_size, tau_min=0.5, tau_max=2.0, *, hidden_size=256, center=None, dropout=0.5
-    ):
+        self,
+        vocab_size: int,
+        tau_min: float = 0.5,
+        tau_max: float = 2.0,
+        *,
+        hidden_size: int = 256,
+        center: Literal["max"] | None = None,
+        dropout: float = 0.5,
+    ) -> None:
         super().__init__()
         if vocab_size < 1:
             raise ValueError(f"TempNet: vocab_size must be >= 1, got {vocab_size}")
@@ -102,7 +116,7 @@ class TempNet(SharesGroup, nn.Module):
         nn.init.zeros_(self.last.bias)
         self.register_load_state_dict_pre_hook(_accept_published_layouts)
 
-    def shard(self, process_group):
+    def shard(self, process_group: "dist.ProcessGroup") -> "TempNet":
         """Leave this rank its columns of the first layer, for logits whose columns the ranks of
         ``process_group`` share; see :func:`tempnet_kernels.dro_cross_entropy`. Returns self.
 
@@ -133,7 +147,12 @@ class TempNet(SharesGroup, nn.Module):
         self.process_group = group
         return self
 
-    def forward(self, logits=None, *, inside=None):
+    def forward(
+        self,
+        logits: torch.Tensor | None = None,
+        *,
+        inside: Callable[["TempNet"], Any] | None = None,
+    ) -> Any:
         """logits ``[..., V]`` of a float dtype, of a sharded network this rank's columns ->
         temperatures ``[...]`` in float32 (float64 for a float64 network).
 
@@ -141,6 +160,8 @@ class TempNet(SharesGroup, nn.Module):
         """
         if inside is not None:
             return inside(self)
+        if not isinstance(logits, torch.Tensor):
+            raise TypeError(f"TempNet: logits must be a tensor, got {type(logits).__name__}")
         v = self.proj[0].in_features
         if logits.shape[-1] != v:
             raise ValueError(
@@ -172,7 +193,7 @@ class TempNet(SharesGroup, nn.Module):
             share, _ = head(pre, self.head(z.dtype), keep)
         return self.tau_min + (self.tau_max - self.tau_min) * share
 
-    def head(self, dtype):
+    def head(self, dtype: torch.dtype) -> Head:
         """The parameters after the first layer's weight."""
         parameters = (
             self.proj[0].bias, self.proj[3].weight, self.proj[3].bias, self.scaler,
@@ -180,16 +201,18 @@ class TempNet(SharesGroup, nn.Module):
         )  # fmt: skip
         return Head(*(p.to(dtype) for p in parameters))
 
-    def kernel_parameters(self, dtype):
+    def kernel_parameters(self, dtype: torch.dtype) -> list[torch.Tensor]:
         """What an operator takes: the first layer's weight as it is, the others in ``dtype``."""
         return [self.proj[0].weight, *self.head(dtype)]
 
-    def within(self, function):
+    def within(self, function: Callable[["TempNet"], Any]) -> Any:
         """``function(network)`` while the parameters are there: FSDP gathers them for the duration
         of a forward only."""
         return self(inside=function)
 
-    def dropout_factors(self, shape, device, dtype):
+    def dropout_factors(
+        self, shape: Sequence[int], device: torch.device, dtype: torch.dtype
+    ) -> torch.Tensor | None:
         """0 or 1 / (1 - probability) for each of the first layer's outputs, the same on every rank;
         None where dropout is off."""
         probability = self.proj[2].p
@@ -205,7 +228,7 @@ class TempNet(SharesGroup, nn.Module):
         keep = torch.empty(shape, device=device, dtype=dtype).bernoulli_(1 - probability)
         return keep.div_(1 - probability)
 
-    def extra_repr(self):
+    def extra_repr(self) -> str:
         bounds = f"tau=[{self.tau_min}, {self.tau_max}]"
         return f"vocab_size={self.vocab_size}, {bounds}, center={self.center!r}"
 

@@ -206,20 +206,20 @@ def dro_contrastive(
     chosen = register.pick(name, "similarity_stats_", backend, device)
     check_has_float64(name, "image", image, chosen)
 
-    tau_image = temperatures(name, "tau_image", tau_image, (m,), device, acc)
-    tau_text = temperatures(name, "tau_text", tau_text, (m,), device, acc)
-    learning = torch.is_grad_enabled() and (tau_image.requires_grad or tau_text.requires_grad)
+    row_tau = temperatures(name, "tau_image", tau_image, (m,), device, acc)
+    text_tau = temperatures(name, "tau_text", tau_text, (m,), device, acc)
+    learning = torch.is_grad_enabled() and (row_tau.requires_grad or text_tau.requires_grad)
     rho = radius(name, rho, "a temperature" if learning else None)
     log_s_image = log_averages(name, "log_s_image", log_s_image, m, device, acc)
     log_s_text = log_averages(name, "log_s_text", log_s_text, m, device, acc)
-    positive, outside = columns_of_pairs(name, positive, m, n, device)
+    columns, outside = columns_of_pairs(name, positive, m, n, device)
     if outside is not None:
-        tau_image = torch.where(outside, math.nan, tau_image)
+        row_tau = torch.where(outside, math.nan, row_tau)
     image_ids = checked_ids(name, "image_ids", image_ids, n, device)
     text_ids = checked_ids(name, "text_ids", text_ids, n, device)
-    ranks = process_group
+    ranks = None
     if process_group is not None:
-        differentiable = any(t.requires_grad for t in (image, text, tau_image, tau_text))
+        differentiable = any(t.requires_grad for t in (image, text, row_tau, text_tau))
         ranks = meet(
             name, process_group, image, text, rho=rho, gamma=gamma,
             include_positive=include_positive, image_ids=image_ids is not None,
@@ -233,7 +233,7 @@ def dro_contrastive(
     keep = track and m * all_n * acc.itemsize <= KEEP_BYTES
     apply = _DROContrastive.apply if ranks is None else _apply_across_ranks
     value, *stats = apply(
-        image, text, tau_image, tau_text, log_s_image, log_s_text, positive, ids, mask,
+        image, text, row_tau, text_tau, log_s_image, log_s_text, columns, ids, mask,
         bool(include_positive), rho, float(gamma), keep, ranks, chosen,
     )  # fmt: skip
     return (value, ContrastiveStats(*stats[:6])) if return_stats else value

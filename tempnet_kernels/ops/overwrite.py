@@ -50,8 +50,8 @@ def storage_to_overwrite(name, logits, reduction):
 
 
 class DROCrossEntropyOverwrite(torch.autograd.Function):
-    """As DROCrossEntropy, with the gradient in the storage of ``base``, whose rows of ``stride`` begin with
-    the V logits.
+    """As DROCrossEntropy, with the gradient in the storage of ``base``, whose rows of ``stride``
+    begin with the V logits.
 
     ``base`` must not be a view: autograd tracks a write to a view only for functions with one
     output.

@@ -147,7 +147,7 @@ def test_gradients_of_later_visits_match_the_definition():
         exact = [t.detach().double().requires_grad_() for t in (image, text)]
         twins = [copy.deepcopy(network).double() for network in networks]
         taus = [twin(f) for twin, f in zip(twins, exact, strict=True)]
-        contrastive.definition(*exact, *taus, 7.0, gamma=0.8, log_s=log_s)[1].backward()
+        contrastive.definition(*exact, *taus, 1.0, gamma=0.8, log_s=log_s)[1].backward()
         assert all((x.isfinite().any(), x.isnan().any()) == (step > 0, True) for x in log_s)
         for own, twin in zip((image, text), exact, strict=True):
             assert (own.grad - twin.grad).norm() <= 2e-5 * twin.grad.norm(), step

@@ -25,14 +25,16 @@ class Model(torch.nn.Module):
         super().__init__()
         torch.manual_seed(0)
         self.image, self.text = torch.nn.Linear(20, D), torch.nn.Linear(20, D)
-        networks = {}
+        options = {}
+        if method == "isogclr":  # a smaller one multiplies the rounding of the similarities
+            options = {"tau": 0.2, "tau_min": 0.1, "tau_max": 1.0}
         if method == "tempnet":
-            networks = {
+            options = {
                 f"{side}_temp_gen": ContrastiveTempNet(D, num_prototypes=8, seed=i)
                 for i, side in enumerate(("image", "text"))
             }
         self.loss = RobustContrastiveLoss(
-            SAMPLES, rho=1.0, method=method, **networks, process_group=group
+            SAMPLES, rho=1.0, method=method, **options, process_group=group
         )
 
     def forward(self, image, text, ids):
