@@ -5,19 +5,74 @@ torch and nvcc have CUDA or TEMPNET_CUDA=1, libtempnet_cuda.so: any Python and a
 on loads them. The modules tempnet_kernels._C and ._C_cuda link to them.
 """
 
+import importlib.util
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from glob import glob
+from importlib import metadata
+from importlib.machinery import PathFinder
 from pathlib import Path
 
-import pybind11
-import torch
-from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
+# The lowest versions that build: pyproject.toml has them too, torch among what runs.
+REQUIRED = {"setuptools": "77", "torch": "2.11", "pybind11": "2.13", "ninja": "1.11"}
+
+
+def find_torch():
+    """The folder of torch, of which the build needs headers and the names of libraries alone."""
+    # pip's isolated build hides the environment that it installs into. A torch of the build's own
+    # would be a download of gigabytes.
+    hidden = [sysconfig.get_path("platlib")]
+    spec = importlib.util.find_spec("torch") or PathFinder.find_spec("torch", hidden)
+    return Path(spec.origin).parent if spec and spec.origin else None
+
+
+TORCH = find_torch()
+# Read, not imported: a torch that does not load here builds as well.
+TORCH_VERSION = runpy.run_path(str(TORCH / "version.py")) if TORCH else {}
+
+
+def installed(name):
+    if name == "torch":
+        return TORCH_VERSION.get("__version__")
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def lacking():
+    """What is missing or too old, in words."""
+
+    def numbers(version):
+        return [int(n) for n in re.findall(r"\d+", version)[:2]]
+
+    for name, lowest in REQUIRED.items():
+        version = installed(name)
+        if version is None:
+            yield f"{name}>={lowest}"
+        elif numbers(version) < numbers(lowest):
+            yield f"{name}>={lowest} (here {version})"
+
+
+# Before setuptools is imported, which may be missing, and before it reads pyproject.toml, of which
+# an old one says something else.
+if problems := ", ".join(lacking()):
+    packages = shlex.join(f"{name}>={lowest}" for name, lowest in REQUIRED.items())
+    sys.exit(
+        f"tempnet_kernels: the build lacks {problems}; run `pip install {packages}`, then "
+        "`pip install --no-build-isolation .`"
+    )
+
+import pybind11  # noqa: E402
+from setuptools import Extension, setup  # noqa: E402
+from setuptools.command.build_ext import build_ext  # noqa: E402
+from setuptools.errors import CompileError  # noqa: E402
 
 STABLE_ABI = "-DTORCH_TARGET_VERSION=0x020b000000000000"  # of torch 2.11; later versions keep it
 # No -ffast-math: it hides NaN. What is left lets the compiler vectorise loops that call exp2 and
@@ -28,16 +83,15 @@ NVCC = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden", "-DUSE_CUDA
 # Machine code for 8.x and 9.0, and PTX that a driver compiles for what is newer.
 ARCHITECTURES = "8.0+PTX;9.0a"
 
-INCLUDE = Path(torch.__path__[0]) / "include"
-HEADERS = [f"-I{INCLUDE}", f"-I{INCLUDE}/torch/csrc/api/include"]
-TORCH_LIBRARIES = f"-L{Path(torch.__path__[0]) / 'lib'}"
+HEADERS = [f"-I{TORCH}/include", f"-I{TORCH}/include/torch/csrc/api/include"]
+TORCH_LIBRARIES = f"-L{TORCH}/lib"
 
 
 def want_cuda():
     wanted = os.environ.get("TEMPNET_CUDA")
     if wanted is not None:
         return wanted == "1"
-    return torch.version.cuda is not None and shutil.which("nvcc") is not None
+    return TORCH_VERSION["cuda"] is not None and shutil.which("nvcc") is not None
 
 
 class KernelLibrary(Extension):
@@ -66,7 +120,9 @@ class KernelLibrary(Extension):
             rules.append(f"build {objects[-1]}: compile {Path(source).absolute()}")
         rules.append(f"build {output}: link {' '.join(objects)}")
         (directory / "build.ninja").write_text("\n".join(rules) + "\n")
-        subprocess.run([sys.executable, "-m", "ninja", "--quiet", "-C", str(directory)], check=True)
+        ninja = [sys.executable, "-m", "ninja", "--quiet", "-C", str(directory)]
+        if subprocess.run(ninja).returncode:
+            raise CompileError(f"{output.name} is not built: {self.compiler} says why above")
 
 
 class BuildExtensions(build_ext):
