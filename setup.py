@@ -71,6 +71,7 @@ if problems := ", ".join(lacking()):
 
 import pybind11  # noqa: E402
 from setuptools import Extension, setup  # noqa: E402
+from setuptools.command.build import build  # noqa: E402
 from setuptools.command.build_ext import build_ext  # noqa: E402
 from setuptools.errors import CompileError  # noqa: E402
 
@@ -85,6 +86,8 @@ ARCHITECTURES = "8.0+PTX;9.0a"
 
 HEADERS = [f"-I{TORCH}/include", f"-I{TORCH}/include/torch/csrc/api/include"]
 TORCH_LIBRARIES = f"-L{TORCH}/lib"
+# An error of a kernel says csrc/cpu/..., not where this build was.
+SHORT_PATHS = [f"-ffile-prefix-map={folder}/=" for folder in (Path.cwd(), TORCH / "include")]
 
 
 def want_cuda():
@@ -125,15 +128,29 @@ class KernelLibrary(Extension):
             raise CompileError(f"{output.name} is not built: {self.compiler} says why above")
 
 
+class Build(build):
+    def run(self):
+        # What an earlier build left would be packed too: modules that have moved, CUDA kernels.
+        if Path(self.build_base) in Path(self.build_lib).parents:
+            shutil.rmtree(self.build_lib, ignore_errors=True)
+        # An editable copy, which is made without this command, keeps the symbols for profilers.
+        self.get_finalized_command("build_ext").strip = True
+        super().run()
+
+
 class BuildExtensions(build_ext):
+    strip = False
+
     def get_ext_filename(self, name):
         if name.rpartition(".")[2] in ("libtempnet_cpu", "libtempnet_cuda"):
             return f"{name.replace('.', os.sep)}.so"
         return super().get_ext_filename(name)
 
     def build_extension(self, extension):
+        strip = ["-Xlinker", "-s"] if self.strip else []
         if isinstance(extension, KernelLibrary):
             name = extension.name.rpartition(".")[2]
+            extension.link += strip
             # Where the editable copy goes, which setuptools expects to be there.
             Path("tempnet_kernels/lib").mkdir(exist_ok=True)
             extension.build(
@@ -142,19 +159,21 @@ class BuildExtensions(build_ext):
             return
         package = Path(self.get_ext_fullpath(extension.name)).parent
         extension.library_dirs.append(str(package / "lib"))
+        extension.extra_link_args += strip
         super().build_extension(extension)
 
 
 def cpu_library():
     link = [TORCH_LIBRARIES, "-Wl,--no-as-needed", "-ltorch_cpu", "-Wl,-soname,libtempnet_cpu.so"]
-    flags = [*CXX, STABLE_ABI, *HEADERS]
+    flags = [*CXX, STABLE_ABI, *HEADERS, *SHORT_PATHS]
     compiler = os.environ.get("CXX", "g++")
     return KernelLibrary("libtempnet_cpu", sorted(glob("csrc/cpu/*.cpp")), compiler, flags, link)
 
 
 def cuda_library():
     wanted = os.environ.get("TORCH_CUDA_ARCH_LIST", ARCHITECTURES)
-    flags = [*NVCC, STABLE_ABI, *HEADERS, f'-DTEMPNET_ARCHITECTURES="{wanted}"']
+    flags = [*NVCC, STABLE_ABI, *HEADERS, *(f"-Xcompiler={flag}" for flag in SHORT_PATHS)]
+    flags.append(f'-DTEMPNET_ARCHITECTURES="{wanted}"')
     for number, ptx in re.findall(r"(\d+\.\d+[af]?)(\+PTX)?", wanted):
         name = number.replace(".", "")
         codes = f"sm_{name},compute_{name}" if ptx else f"sm_{name}"
@@ -162,7 +181,8 @@ def cuda_library():
     # libtorch.so needs libtorch_cuda.so where torch has CUDA, so that this library can be made with
     # a torch that has not.
     link = ["-cudart=shared", TORCH_LIBRARIES, "-Xlinker=--no-as-needed", "-ltorch"]
-    link += ["-Xlinker=-soname,libtempnet_cuda.so"]
+    # No code of one file calls another's on the device; nvcc would write this machine's paths down.
+    link += ["-Xlinker=-soname,libtempnet_cuda.so", "--no-device-link"]
     return KernelLibrary("libtempnet_cuda", sorted(glob("csrc/cuda/*.cu")), "nvcc", flags, link)
 
 
@@ -182,4 +202,4 @@ extensions = [cpu_library(), module("_C", "csrc/module.cpp", "libtempnet_cpu")]
 if want_cuda():
     extensions += [cuda_library(), module("_C_cuda", "csrc/cuda/module.cpp", "libtempnet_cuda")]
 
-setup(ext_modules=extensions, cmdclass={"build_ext": BuildExtensions})
+setup(ext_modules=extensions, cmdclass={"build": Build, "build_ext": BuildExtensions})
