@@ -4,7 +4,7 @@ BIN := .venv/bin
 SOURCES := $(wildcard csrc/*.h csrc/*.cpp csrc/*/*.h csrc/*/*.cpp csrc/*/*.cu csrc/*/*.cuh)
 CPP := $(shell git ls-files '*.h' '*.cpp' '*.cu' '*.cuh' 2>/dev/null)
 
-.PHONY: demo test bench cuda lint format clean
+.PHONY: demo test bench cuda wheel lint format clean
 
 demo: .venv/built
 	$(BIN)/python examples/train_lm.py
@@ -42,5 +42,17 @@ format: .venv/installed
 cuda: .venv/installed
 	TEMPNET_CUDA=1 $(BIN)/python setup.py -q build_ext --inplace
 
+# An sdist and, from it, a wheel for this Python in dist/, once the wheel works in an environment of its
+# own. CUDA kernels are in it where nvcc is. torch and the CUDA runtime are where it is installed.
+wheel: export TEMPNET_CUDA ?= $(if $(shell command -v nvcc),1,0)
+wheel: .venv/installed
+	rm -rf build/wheel
+	$(BIN)/python -m build --no-isolation -C=--global-option=--quiet --outdir build/wheel
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'libtorch*.so' \
+		--exclude 'libcudart.so.*' --wheel-dir build/wheel/repaired build/wheel/*.whl
+	$(BIN)/python tests/package/smoke.py build/wheel/repaired/*.whl
+	mkdir -p dist
+	cp build/wheel/*.tar.gz build/wheel/repaired/*.whl dist
+
 clean:
-	rm -rf build *.egg-info tempnet_kernels/*.so tempnet_kernels/lib .venv/built
+	rm -rf build dist *.egg-info tempnet_kernels/*.so tempnet_kernels/lib .venv/built
