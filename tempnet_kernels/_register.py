@@ -8,8 +8,10 @@ CUDA, registered by the compiled libraries through the LibTorch stable ABI), ``.
 import ctypes
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 import torch
@@ -81,6 +83,23 @@ def library(device):
     return Path(__file__).with_name("lib") / f"libtempnet_{device}.so"
 
 
+def hidden_installation():
+    """The folder of another copy of this package, which would be imported if this one were not
+    found before it, as a checkout is from within the repository; None if there is none."""
+    package = __name__.partition(".")[0]
+    here = Path(sys.modules[package].__file__).resolve().parent
+    by_folder = importlib.machinery.PathFinder
+    finders = [finder for finder in sys.meta_path if finder is not by_folder]  # of editable ones
+    specs = [by_folder.find_spec(package, [folder]) for folder in sys.path]
+    specs += [finder.find_spec(package, None) for finder in finders]
+    for spec in specs:
+        if spec is not None and spec.origin is not None:
+            folder = Path(spec.origin).resolve().parent
+            if folder != here:
+                return folder
+    return None
+
+
 @functools.cache
 def load_native():
     """Load the compiled libraries that are there; each registers its kernels as ``.native``.
@@ -116,9 +135,15 @@ def missing(op, backend, device):
             if device == "cuda" and not torch.version.cuda:
                 return "this torch has no CUDA"
             return f"{library(device).name} has no such kernel: build it again, with {_BUILD}"
-        if device == "cuda":
-            return f"the CUDA kernels are not built: with nvcc and a torch with CUDA, run {_BUILD}"
-        return f"the C++ kernels are not built: run {_BUILD}"
+        unbuilt = f"the {'CUDA' if device == 'cuda' else 'C++'} kernels are not built"
+        hidden = hidden_installation()
+        if hidden is not None and (hidden / "lib" / library(device).name).exists():
+            return (
+                f"{unbuilt} in {library(device).parents[1]}, which hides the installed {hidden}, "
+                "where they are: run from another folder"
+            )
+        needs = "with nvcc and a torch with CUDA, " if device == "cuda" else ""
+        return f"{unbuilt}: {needs}run {_BUILD}"
     if backend == "triton":
         if importlib.util.find_spec(f"tempnet_kernels.triton.{_modules[op]}") is None:
             return "it has no Triton kernels: use backend='reference'"

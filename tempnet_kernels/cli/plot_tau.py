@@ -1,4 +1,4 @@
-"""python -m tempnet_kernels plot-tau: the temperatures of a text's tokens."""
+"""plot-tau: the temperatures of a text's tokens."""
 
 import csv
 import math
@@ -128,16 +128,16 @@ def write_table(path, ids, pieces, statistics):
 
 def draw(prefix, pieces, statistics, tempnet):
     """The pictures, their paths."""
-    from tempnet_kernels import _plots
+    from tempnet_kernels.cli import plots
 
     tau, entropy = statistics["tau"], statistics["entropy"]
     begin = _most_varied(tau)
     shown = slice(begin, begin + PICTURE)
     title = f"tokens {begin + 1} to {begin + len(tau[shown])} of {len(tau)}"
     return [
-        _plots.coloured_text(prefix + ".text.png", pieces[1:][shown], tau[shown], title=title),
-        _plots.temperature_against_entropy(prefix + ".entropy.png", entropy, tau),
-        _plots.histogram(prefix + ".histogram.png", tau, tempnet.tau_min, tempnet.tau_max),
+        plots.coloured_text(prefix + ".text.png", pieces[1:][shown], tau[shown], title=title),
+        plots.temperature_against_entropy(prefix + ".entropy.png", entropy, tau),
+        plots.histogram(prefix + ".histogram.png", tau, tempnet.tau_min, tempnet.tau_max),
     ]
 
 
