@@ -112,5 +112,6 @@ def _errors():
         yield
     except (ValueError, OSError, ImportError) as error:
         # Those of transformers and the hub have several lines.
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        message = " ".join(str(error).split()).removeprefix("load_tempnet: ")
+        typer.echo(f"error: {message}", err=True)
         raise typer.Exit(1) from error
