@@ -9,8 +9,8 @@ import matplotlib.pyplot as plt
 import torch
 from train_lm import RHO, Loss, Trainer, batch_of
 
-from tempnet_kernels import _plots, dro_cross_entropy, optimal_temperature
-from tempnet_kernels._plots import save
+from tempnet_kernels import dro_cross_entropy, optimal_temperature
+from tempnet_kernels.cli import plots
 
 LABELS = {
     Loss.ce: "cross entropy",
@@ -52,7 +52,7 @@ def loss_curves(out):
     axes[0].set(xlabel="step", ylabel="training objective (not comparable)")
     axes[1].set(xlabel="step", ylabel="held-out cross entropy, z / tau (nats)")
     axes[1].legend()
-    return save(figure, out / "loss_curves.png")
+    return plots.save(figure, out / "loss_curves.png")
 
 
 def temperature_against_entropy(out, trainer):
@@ -65,7 +65,7 @@ def temperature_against_entropy(out, trainer):
             tau.append(trainer.tempnet(logits).flatten())
             entropy.append(stats.entropy.flatten())
     path = out / "temperature_against_entropy.png"
-    return _plots.temperature_against_entropy(
+    return plots.temperature_against_entropy(
         path, torch.cat(entropy).cpu(), torch.cat(tau).cpu(), "held-out tokens"
     )
 
@@ -99,7 +99,7 @@ def predicted_against_optimal(out, trainers):
             title=f"{name}\nheld-out tokens, rank correlation {r:.2f}",
         )
         axis.legend(loc="upper left")
-    return save(figure, out / "predicted_against_optimal.png")
+    return plots.save(figure, out / "predicted_against_optimal.png")
 
 
 def ranks(x):
@@ -118,4 +118,4 @@ def coloured_text(out, trainer):
             windows += zip(trainer.tempnet(trainer.model(ids)).cpu(), target, strict=True)
     tau, target = max(windows, key=lambda window: window[0].std())
     pieces = [trainer.tokenizer.decode([token]) for token in target.tolist()]
-    return _plots.coloured_text(out / "coloured_text.png", pieces, tau)
+    return plots.coloured_text(out / "coloured_text.png", pieces, tau)

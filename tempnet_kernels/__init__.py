@@ -1,6 +1,8 @@
 """Losses with a learned temperature: Triton, CUDA C++ and CPU C++ kernels behind PyTorch autograd
 functions."""
 
+from importlib import metadata
+
 from tempnet_kernels import nn
 from tempnet_kernels.ops.dro_contrastive import ContrastiveStats, dro_contrastive
 from tempnet_kernels.ops.dro_cross_entropy import dro_cross_entropy
@@ -9,7 +11,11 @@ from tempnet_kernels.ops.optimal_temperature import SolverStats, optimal_tempera
 from tempnet_kernels.ops.tempered_softmax import tempered_log_softmax, tempered_softmax
 from tempnet_kernels.ops.token_rows import TokenStats
 
-__version__ = "0.1.0"
+try:
+    __version__ = metadata.version("tempnet_kernels")
+except metadata.PackageNotFoundError:  # a checkout that is not installed
+    __version__ = "0+unknown"
+
 __all__ = [
     "ContrastiveStats",
     "SolverStats",

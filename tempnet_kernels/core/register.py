@@ -8,8 +8,10 @@ CUDA, registered by the compiled libraries through the LibTorch stable ABI), ``.
 import ctypes
 import functools
 import importlib
+import importlib.machinery
 import importlib.util
 import os
+import sys
 from pathlib import Path
 from typing import Literal
 
@@ -21,7 +23,7 @@ Backend = Literal["auto", "native", "triton", "reference"]
 # native is the faster for the token loss from V = 8192 on (benchmarks/results/h100/,
 # benchmarks/NOTES.md); the other operators have not been measured.
 AUTO = {"cpu": ("native",), "cuda": ("native", "triton")}
-_BUILD = "`pip install --no-build-isolation -e .` in the repository"
+_BUILD = "`pip install -e .` in the repository"
 
 _library = torch.library.Library("tempnet", "DEF")
 _modules: dict[str, str] = {}
@@ -95,6 +97,23 @@ def library(device):
     return Path(__file__).parents[1] / "lib" / f"libtempnet_{device}.so"
 
 
+def hidden_installation():
+    """The folder of another copy of this package, which would be imported if this one were not
+    found before it, as a checkout is from within the repository; None if there is none."""
+    package = __name__.partition(".")[0]
+    here = Path(sys.modules[package].__file__).resolve().parent
+    by_folder = importlib.machinery.PathFinder
+    finders = [finder for finder in sys.meta_path if finder is not by_folder]  # of editable ones
+    specs = [by_folder.find_spec(package, [folder]) for folder in sys.path]
+    specs += [finder.find_spec(package, None) for finder in finders]
+    for spec in specs:
+        if spec is not None and spec.origin is not None:
+            folder = Path(spec.origin).resolve().parent
+            if folder != here:
+                return folder
+    return None
+
+
 @functools.cache
 def load_native():
     """Load the compiled libraries that are there; each registers its kernels as ``.native``.
@@ -129,9 +148,15 @@ def missing(op, backend, device):
             if device == "cuda" and not torch.version.cuda:
                 return "this torch has no CUDA"
             return f"{library(device).name} has no such kernel: build it again, with {_BUILD}"
-        if device == "cuda":
-            return f"the CUDA kernels are not built: with nvcc and a torch with CUDA, run {_BUILD}"
-        return f"the C++ kernels are not built: run {_BUILD}"
+        unbuilt = f"the {'CUDA' if device == 'cuda' else 'C++'} kernels are not built"
+        hidden = hidden_installation()
+        if hidden is not None and (hidden / "lib" / library(device).name).exists():
+            return (
+                f"{unbuilt} in {library(device).parents[1]}, which hides the installed {hidden}, "
+                "where they are: run from another folder"
+            )
+        needs = "with nvcc and a torch with CUDA, " if device == "cuda" else ""
+        return f"{unbuilt}: {needs}run {_BUILD}"
     if backend == "triton":
         if importlib.util.find_spec(f"tempnet_kernels.triton.{_modules[op]}") is None:
             return "it has no Triton kernels: use backend='reference'"

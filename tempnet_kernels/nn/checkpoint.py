@@ -140,9 +140,15 @@ def choose(read, prefix, source):
     if not networks:
         others = ", ".join(repr(network) for network in prefixes(read, CONTRASTIVE))
         hint = f"; the ContrastiveTempNets under {others} are not for language models"
+        if not read:
+            raise ValueError(
+                f"load_tempnet: {_name(source)} holds no tensors with names: of a module that was "
+                "saved whole, save the state dict, torch.save(module.state_dict(), path)"
+            )
         raise ValueError(
-            f"load_tempnet: {_name(source)} must hold one TempNet (proj.0.weight to last.bias "
-            f"under one prefix), got none in {len(read)} tensors{hint if others else ''}"
+            f"load_tempnet: {_name(source)} must hold one TempNet, which TempNetCrossEntropyLoss "
+            "or apply_tempnet trains (proj.0.weight to last.bias under one prefix), got none in "
+            f"{len(read)} tensors{hint if others else ''}"
         )
     return networks[0] if prefix is None else prefix
 
@@ -198,7 +204,9 @@ def contents(source):
         return _flat(source), {}
     path = Path(source)
     if not path.exists():
-        raise FileNotFoundError(f"load_tempnet: {path} does not exist")
+        raise FileNotFoundError(
+            f"load_tempnet: {path} does not exist: pass the file or the folder of a checkpoint"
+        )
     read, settings = _file(path) if path.is_file() else _folder(path)
     for name in ("tau_min", "tau_max"):  # null says nothing, but that there is no center
         if settings.get(name, 0) is None:
@@ -216,7 +224,9 @@ def _folder(path):
         found = found or here
     if found is None:
         patterns = ", ".join((*TENSORS, *PICKLES, *RANKS, DISTRIBUTED, *TRACKERS))
-        raise FileNotFoundError(f"load_tempnet: {path} holds none of {patterns}")
+        raise FileNotFoundError(
+            f"load_tempnet: {path} holds none of {patterns}: pass the file, if it has another name"
+        )
     return found
 
 
@@ -357,12 +367,13 @@ def _file(path):
         return {k: partial(file.get_tensor, k) for k in file.keys()}, settings  # noqa: SIM118
     try:
         loaded = _unpickled(path)
+    except OSError:
+        raise
     except Exception as error:
         raise ValueError(
             f"load_tempnet: torch.load(weights_only=True) cannot read {path}, which is cut short "
-            f"or not of torch.save ({type(error).__name__}). If it is and you trust it, read it "
-            "yourself and pass the mapping: "
-            "load_tempnet(torch.load(path, weights_only=False))"
+            f"or not of torch.save ({type(error).__name__}): copy it again; or, if you trust it, "
+            "pass the mapping, load_tempnet(torch.load(path, weights_only=False))"
         ) from error
     return (_flat(loaded) if isinstance(loaded, Mapping) else {}), {}
 

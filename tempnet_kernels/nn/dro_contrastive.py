@@ -222,8 +222,9 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
             log_s_image = self.state.read("log_s_image", ids)
             log_s_text = self.state.read("log_s_text", ids)
         value, stats = dro_contrastive(
-            image, text, *taus, 0.0 if own.softmax else self.rho, log_s_image=log_s_image,
-            log_s_text=log_s_text, gamma=1.0 if own.softmax else self.gamma, include_positive=own.softmax,
+            image, text, *taus, 0.0 if own.softmax else self.rho,
+            log_s_image=log_s_image, log_s_text=log_s_text,
+            gamma=1.0 if own.softmax else self.gamma, include_positive=own.softmax,
             image_ids=image_ids, text_ids=text_ids, negative_mask=negative_mask,
             return_stats=True, process_group=ranks, backend=self.backend,
         )  # fmt: skip

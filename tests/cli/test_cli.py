@@ -2,17 +2,25 @@
 
 import csv
 import json
+import os
+import random
 import re
+import shutil
 import subprocess
 import sys
+from importlib.machinery import PathFinder
+from importlib.util import spec_from_file_location
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from tempnet_kernels.__main__ import app
+import tempnet_kernels
+from tempnet_kernels import _register
+from tempnet_kernels.cli import app, plot_tau
 from tempnet_kernels.nn import (
     ContrastiveTempNet,
     RobustContrastiveLoss,
@@ -39,7 +47,7 @@ def error(*arguments):
     result = call(*arguments)
     # transformers and tqdm show their progress before it.
     _, found, message = result.stderr.partition("error: ")
-    assert result.exit_code == 1 and found and "Traceback" not in message, result.output
+    assert result.exit_code == 1 and found and message.count("\n") == 1, result.output
     return message
 
 
@@ -47,6 +55,65 @@ def error(*arguments):
 def ordinary_memory():
     """A model of transformers is no test of unwritten memory."""
     torch.utils.deterministic.fill_uninitialized_memory = False
+
+
+def test_version():
+    assert call("--version").stdout == f"tempnet_kernels {tempnet_kernels.__version__}\n"
+
+
+@pytest.fixture
+def elsewhere(tmp_path):
+    """Stands for a built copy in site-packages."""
+    package = tmp_path / "site" / "tempnet_kernels"
+    (package / "lib").mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "lib" / "libtempnet_cpu.so").touch()
+    return package
+
+
+def test_a_hidden_installation_is_found(elsewhere, tmp_path, monkeypatch):
+    here = Path(tempnet_kernels.__file__).parent
+    (tmp_path / "link").symlink_to(here.parent)
+    (tmp_path / "tempnet_kernels").mkdir()  # a folder without __init__.py is no package
+    own = ["", str(tmp_path), str(here.parent), str(tmp_path / "link"), str(tmp_path / "gone")]
+    monkeypatch.setattr(sys, "meta_path", [PathFinder])
+    monkeypatch.setattr(sys, "path", own)
+    monkeypatch.chdir(here.parent)
+    assert _register.hidden_installation() is None
+    monkeypatch.setattr(sys, "path", [*own, str(elsewhere.parent)])
+    assert _register.hidden_installation() == elsewhere
+
+    class Editable:
+        """As the finder that setuptools installs."""
+
+        folder = here
+
+        @classmethod
+        def find_spec(cls, name, path=None, target=None):
+            return spec_from_file_location(name, cls.folder / "__init__.py")
+
+    monkeypatch.setattr(sys, "path", own)
+    monkeypatch.setattr(sys, "meta_path", [PathFinder, Editable])
+    assert _register.hidden_installation() is None, "an editable one of this folder hides nothing"
+    Editable.folder = elsewhere
+    assert _register.hidden_installation() == elsewhere
+
+
+def test_env_in_a_checkout_that_is_not_built_names_the_installation_it_hides(elsewhere, tmp_path):
+    checkout = tmp_path / "checkout" / "tempnet_kernels"
+    built = shutil.ignore_patterns("*.so", "lib", "__pycache__")
+    shutil.copytree(Path(tempnet_kernels.__file__).parent, checkout, ignore=built)
+    result = subprocess.run(
+        [sys.executable, "-m", "tempnet_kernels", "env"], cwd=checkout.parent, text=True,
+        capture_output=True, timeout=120,
+        env=os.environ | {"PYTHONPATH": str(elsewhere.parent), "COLUMNS": "1000"},
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert f"hides {elsewhere}: to use that one, run from another folder" in result.stdout
+    assert (
+        f"native, cpu, every op: the C++ kernels are not built in {checkout}, which hides the "
+        f"installed {elsewhere}, where they are: run from another folder" in result.stdout
+    )
 
 
 def test_inspect_of_a_saved_network(tmp_path):
@@ -148,9 +215,14 @@ def test_inspect_of_isogclrs_table_beside_a_network(tmp_path):
 
 
 def test_inspect_refuses(tmp_path):
-    assert "gone does not exist" in error("inspect", tmp_path / "gone")
+    assert "gone does not exist: pass the file or" in error("inspect", tmp_path / "gone")
+    assert f"error: {tmp_path} holds none of" in "error: " + error("inspect", tmp_path)
     torch.save({"model.weight": torch.zeros(2)}, tmp_path / "a.pt")
-    assert "got none in 1 tensors" in error("inspect", tmp_path / "a.pt")
+    plain = error("inspect", tmp_path / "a.pt")
+    assert "got none in 1 tensors" in plain and "which TempNetCrossEntropyLoss or" in plain
+    torch.save(TempNet(9, hidden_size=4), tmp_path / "module.pt")
+    module = error("inspect", tmp_path / "module.pt")
+    assert "a module that was saved whole, save the state dict, torch.save(module.state" in module
     torch.save({"x": TempNet(9, hidden_size=4).state_dict()}, tmp_path / "b.pt")
     assert "one of 'x.', got 'y.'" in error("inspect", tmp_path / "b.pt", "--prefix", "y.")
     (tmp_path / "b.pt").write_bytes((tmp_path / "b.pt").read_bytes()[:200])
@@ -158,6 +230,18 @@ def test_inspect_refuses(tmp_path):
     state = ContrastiveTempNet(8).state_dict()
     torch.save(state | {"proj.weight": torch.zeros(3, 3)}, tmp_path / "c.pt")
     assert "ContrastiveTempNet under ''" in error("inspect", tmp_path / "c.pt")
+    for name in ("empty.pt", "garbage.pt", "empty.safetensors", "garbage.safetensors"):
+        (tmp_path / name).write_text("" if "empty" in name else "no checkpoint" * 9)
+        assert "copy it again" in error("inspect", tmp_path / name)
+
+
+def test_a_checkpoint_that_may_not_be_read_is_not_called_broken(tmp_path, monkeypatch):
+    def refused(path, **options):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    (tmp_path / "a.pt").touch()
+    monkeypatch.setattr(torch, "load", refused)
+    assert error("inspect", tmp_path / "a.pt").startswith("[Errno 13] Permission denied")
 
 
 @pytest.fixture(scope="module")
@@ -269,13 +353,18 @@ def test_plot_tau_refuses(folder, tmp_path, monkeypatch, ordinary_memory):
     model, text = folder / "model", folder / "text.py"
     out = ("--out", tmp_path / "a")
     command = ("plot-tau", model, text, *out)
-    assert "gone" in error("plot-tau", model, tmp_path / "gone", *out)
+    assert "gone, which is not there" in error("plot-tau", model, tmp_path / "gone", *out)
+    assert f"{model}, which is a folder" in error("plot-tau", model, model, *out)
     assert "does not exist" in error("plot-tau", model, text, "--out", tmp_path / "b" / "a")
+    assert f"pass one in it, {tmp_path / 'tau'}" in error(
+        "plot-tau", model, text, "--out", tmp_path
+    )
     assert "tokens must be >= 2, got 1" in error(*command, "--tokens", 1)
     assert "batch must be >= 1, got 0" in error(*command, "--batch", 0)
     assert "window must be in [2, 64] tokens, got 65" in error(*command, "--window", 65)
     nowhere = error("plot-tau", tmp_path / "nowhere", text, *out)
     assert "MODEL must be a folder or a name on the Hugging Face hub" in nowhere
+    assert "pass the folder that it is in" in error("plot-tau", model / "config.json", text, *out)
     (tmp_path / "latin.txt").write_bytes("é".encode("latin-1"))
     assert "latin.txt must be UTF-8" in error("plot-tau", model, tmp_path / "latin.txt", *out)
     (tmp_path / "short.txt").write_text("a")
@@ -288,6 +377,93 @@ def test_plot_tau_refuses(folder, tmp_path, monkeypatch, ordinary_memory):
     save_tempnet(broken, tmp_path / "broken.safetensors")
     nan = error(*command, "--tempnet", tmp_path / "broken.safetensors", "--tokens", 9)
     assert "8 of 8 tokens have a NaN" in nan
+    bare = shutil.copytree(model, tmp_path / "bare")
+    (bare / "tempnet.safetensors").unlink()
+    assert f"{bare} holds no TempNet: pass its checkpoint" in error("plot-tau", bare, text, *out)
+    given = ("plot-tau", bare, text, *out, "--tempnet", model / "tempnet.safetensors")
+    weights = (bare / "model.safetensors").read_bytes()
+    (bare / "model.safetensors").write_bytes(weights[:500])
+    assert f"AutoModelForCausalLM cannot read {bare}" in error(*given)
+    for path in bare.glob("tokenizer*"):
+        path.unlink()
+    assert f"AutoTokenizer cannot read {bare}" in error(*given)
+    full = torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+    with monkeypatch.context() as patch:
+        patch.setattr(plot_tau, "_statistics", Mock(side_effect=full))
+        assert "pass a smaller --batch or --window" in error(*command)
+    with monkeypatch.context() as patch:
+        patch.setattr(_register, "missing", lambda *_: "the kernels are not built: build them")
+        assert "plot-tau: the kernels are not built: build them" in error(*command)
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "pip install transformers matplotlib" in error(*command)
     assert not list(tmp_path.glob("a.*"))
+
+
+def trained(kind, text):
+    """A tokenizer of transformers that was trained on ``text``."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {"special_tokens": ["<unk>"], "vocab_size": 400, "show_progress": False}
+    if kind == "bytes":  # as GPT-2
+        tokens = Tokenizer(models.BPE())
+        tokens.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokens.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **special
+        )
+    elif kind == "no words":  # as Llama-2
+        tokens = Tokenizer(models.BPE(unk_token="<unk>", fuse_unk=True))
+        tokens.normalizer = normalizers.Replace(" ", "▁")
+        trainer = trainers.BpeTrainer(max_token_length=8, **special)
+    elif kind == "unigram":  # as T5
+        tokens = Tokenizer(models.Unigram())
+        tokens.pre_tokenizer = pre_tokenizers.Metaspace()
+        trainer = trainers.UnigramTrainer(unk_token="<unk>", **special)
+    else:  # as BERT
+        tokens = Tokenizer(models.WordPiece(unk_token="<unk>"))
+        tokens.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(**special)
+    tokens.train_from_iterator(text.splitlines(keepends=True), trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokens, unk_token="<unk>")
+
+
+TEXTS = {
+    "code": lambda code: code,
+    "one long word": lambda code: "".join(random.Random(0).choices("ab", k=20_000)),
+    "spaces": lambda code: ("a" + 3000 * " " + "\n" * 3000) * 5,
+    "many bytes a character": lambda code: "é漢\r\n" * 4000,
+    "short": lambda code: code[:60],
+}
+
+
+@pytest.mark.parametrize("kind", ["bytes", "no words", "unigram", "words"])
+@pytest.mark.parametrize("text", TEXTS)
+def test_first_tokens_are_those_of_the_whole_text(kind, text, folder, tmp_path, monkeypatch):
+    """Little is read at first, so that there are many cuts."""
+    code = (folder / "text.py").read_text()
+    tokenizer = trained(kind, code)
+    path = tmp_path / "text.txt"
+    path.write_text(TEXTS[text](code), encoding="utf-8", newline="")
+    ids, pieces = plot_tau.pieces_of(tokenizer, path.read_text(encoding="utf-8"))
+    assert kind == "words" or len(set(ids)) > 1
+    monkeypatch.setattr(plot_tau, "CHARACTERS", 1)
+    for count in (2, 3, 17, 100, 1001, len(ids), 10**6):
+        with path.open(encoding="utf-8") as file:
+            assert plot_tau.first_tokens(tokenizer, file, count) == (ids[:count], pieces[:count])
+
+
+def test_a_long_text_is_read_as_far_as_its_tokens_are_wanted(folder, tmp_path, ordinary_memory):
+    """What comes later is not UTF-8, which would be refused."""
+    text = (folder / "text.py").read_bytes()
+    assert len(text) > 8000
+    (tmp_path / "text.txt").write_bytes(text * 20 + b"\xff" * 10**6)
+    tables = []
+    for path in (folder / "text.py", tmp_path / "text.txt"):
+        command = ("plot-tau", folder / "model", path, "--out", tmp_path / "a", "--tokens", 100)
+        result = call(*command)
+        assert result.exit_code == 0, result.output
+        tables.append(rows_of(tmp_path / "a.csv"))
+    assert len(tables[0]) == 99 and tables[0] == tables[1]
+    whole = error("plot-tau", folder / "model", tmp_path / "text.txt", "--out", tmp_path / "b")
+    assert "text.txt must be UTF-8" in whole

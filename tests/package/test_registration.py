@@ -27,8 +27,8 @@ for backend in ("auto", "native", "triton"):
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     lines = result.stdout.splitlines()
-    assert "pip install --no-build-isolation" in lines[1] and lines[1].startswith("auto")
-    assert "pip install --no-build-isolation" in lines[2]
+    assert "pip install -e ." in lines[1] and lines[1].startswith("auto")
+    assert "pip install -e ." in lines[2]
     assert "pip install triton" in lines[3]
 
 

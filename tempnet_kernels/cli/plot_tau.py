@@ -1,4 +1,4 @@
-"""python -m tempnet_kernels plot-tau: the temperatures of a text's tokens."""
+"""plot-tau: the temperatures of a text's tokens."""
 
 import csv
 import math
@@ -9,7 +9,8 @@ from rich.table import Table
 from rich.text import Text
 
 from tempnet_kernels import dro_cross_entropy
-from tempnet_kernels.nn import TemperatureStats, load_tempnet
+from tempnet_kernels.core import register
+from tempnet_kernels.nn import TemperatureStats, checkpoint, load_tempnet
 
 COLUMNS = (
     "position", "token_id", "token", "tau", "entropy", "kl", "log_prob",
@@ -17,30 +18,49 @@ COLUMNS = (
 )  # fmt: skip
 WINDOW = 2048  # longest, in tokens, where the model takes more
 PICTURE = 400  # tokens of the coloured text
+CHARACTERS = 8  # to read for each token that is wanted; English has about 4
+MARGIN = 256  # tokens
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def load(model, tempnet=None, **settings):
-    """(model, tokenizer, TempNet) of a Hugging Face folder or name; ``tempnet``: another checkpoint
-    of the network."""
+def requirements():
+    """Raises where a package or a kernel is not there."""
     try:
         import matplotlib
         import tqdm  # noqa: F401
-        import transformers
+        import transformers  # noqa: F401
     except ImportError as error:
         raise ImportError(
             f"plot-tau: {error.name} is missing: pip install transformers matplotlib tqdm"
         ) from error
     matplotlib.use("Agg")
-    network = load_tempnet(tempnet or _folder(model), **settings)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    lm = transformers.AutoModelForCausalLM.from_pretrained(model, dtype="auto")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    return lm.to(device).eval(), tokenizer, network.to(device)
+    operator = "dro_cross_entropy_fwd"
+    reason = register.missing(operator, register.auto_backend(operator, DEVICE), DEVICE)
+    if reason is not None:
+        raise ValueError(f"plot-tau: {reason}")
+
+
+def network_of(model, tempnet=None, **settings):
+    """The TempNet of a Hugging Face folder or name, or of ``tempnet``, a checkpoint of its own."""
+    if tempnet is None:
+        tempnet = _folder(model)
+        read, _ = checkpoint.contents(tempnet)
+        if not checkpoint.prefixes(read):
+            raise ValueError(
+                f"plot-tau: {model} holds no TempNet: pass its checkpoint with --tempnet, or train "
+                "one with tempnet_kernels.integrations.transformers.apply_tempnet"
+            )
+    return load_tempnet(tempnet, **settings).to(DEVICE)
 
 
 def _folder(model):
-    if Path(model).exists():
+    if Path(model).is_dir():
         return model
+    if Path(model).exists():
+        raise ValueError(
+            f"plot-tau: MODEL must be a folder or a name on the Hugging Face hub, got the file "
+            f"{model}: pass the folder that it is in"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -52,14 +72,58 @@ def _folder(model):
         ) from error
 
 
-def pieces_of(tokenizer, text, count=None):
-    """(ids, pieces): the first ``count`` tokens, and the text that each of them is."""
+def pretrained(kind, model, **options):
+    """``kind.from_pretrained(model)``; its errors name the file, if at all, and not the cause."""
+    try:
+        return kind.from_pretrained(model, **options)
+    except Exception as error:
+        raise ValueError(
+            f"plot-tau: MODEL must hold a causal model and its tokenizer, as save_pretrained "
+            f"writes them, but {kind.__name__} cannot read {model}: {error}"
+        ) from error
+
+
+def opened(text_file):
+    path = Path(text_file)
+    if not path.is_file():
+        what = "a folder" if path.is_dir() else "not there"
+        raise FileNotFoundError(
+            f"plot-tau: TEXT_FILE must be a file of UTF-8 text, got {path}, which is {what}"
+        )
+    return path.open(encoding="utf-8")
+
+
+def first_tokens(tokenizer, file, count=None):
+    """:func:`pieces_of` the first ``count`` tokens of the open text ``file``, or all of them. No
+    more of the file is read than that takes.
+
+    Where a text is cut its last tokens change, and those far before them too if the tokenizer has
+    no words, as Llama-2's. So MARGIN tokens must follow, and twice the text must begin with the
+    same tokens.
+    """
+    if count is None:
+        return pieces_of(tokenizer, file.read())
+    text, before, size = "", None, CHARACTERS * (count + MARGIN)
+    while True:
+        more = file.read(size)
+        text += more
+        ids, pieces = pieces_of(tokenizer, text)
+        found = ids[:count], pieces[:count]
+        if len(more) < size or found == before:
+            return found
+        if len(ids) >= count + MARGIN:
+            before = found
+        size = len(text)
+
+
+def pieces_of(tokenizer, text):
+    """(ids, pieces): the tokens, and the text that each of them is."""
     if not tokenizer.is_fast:
-        ids = tokenizer(text)["input_ids"][:count]
+        ids = tokenizer(text)["input_ids"]
         return ids, [tokenizer.decode([i]) for i in ids]
     encoded = tokenizer(text, return_offsets_mapping=True)
-    ids, end, pieces = encoded["input_ids"][:count], 0, []
-    for i, (_, stop) in zip(ids, encoded["offset_mapping"], strict=False):
+    ids, end, pieces = encoded["input_ids"], 0, []
+    for i, (_, stop) in zip(ids, encoded["offset_mapping"], strict=True):
         # From the end of the last one: some tokenizers leave the space out. A character of several
         # tokens is the first one's.
         pieces.append(text[end:stop] if stop else tokenizer.decode([i]))
@@ -128,16 +192,16 @@ def write_table(path, ids, pieces, statistics):
 
 def draw(prefix, pieces, statistics, tempnet):
     """The pictures, their paths."""
-    from tempnet_kernels import _plots
+    from tempnet_kernels.cli import plots
 
     tau, entropy = statistics["tau"], statistics["entropy"]
     begin = _most_varied(tau)
     shown = slice(begin, begin + PICTURE)
     title = f"tokens {begin + 1} to {begin + len(tau[shown])} of {len(tau)}"
     return [
-        _plots.coloured_text(prefix + ".text.png", pieces[1:][shown], tau[shown], title=title),
-        _plots.temperature_against_entropy(prefix + ".entropy.png", entropy, tau),
-        _plots.histogram(prefix + ".histogram.png", tau, tempnet.tau_min, tempnet.tau_max),
+        plots.coloured_text(prefix + ".text.png", pieces[1:][shown], tau[shown], title=title),
+        plots.temperature_against_entropy(prefix + ".entropy.png", entropy, tau),
+        plots.histogram(prefix + ".histogram.png", tau, tempnet.tau_min, tempnet.tau_max),
     ]
 
 
@@ -179,21 +243,40 @@ def run(
     for name, value, least in (("tokens", tokens, 2), ("batch", batch, 1)):
         if value is not None and value < least:
             raise ValueError(f"plot-tau: {name} must be >= {least}, got {value}")
-    try:
-        text = Path(text_file).read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"plot-tau: {text_file} must be UTF-8: {error}") from error
     out = Path(out)
+    if out.is_dir():
+        raise ValueError(
+            f"plot-tau: --out must be the beginning of names, got the folder {out}: pass one in "
+            f"it, {out / 'tau'}"
+        )
     if not out.parent.is_dir():
-        raise FileNotFoundError(f"plot-tau: the folder of --out, {out.parent}, does not exist")
-    lm, tokenizer, network = load(model, tempnet, **settings)
-    ids, pieces = pieces_of(tokenizer, text, tokens)
+        raise FileNotFoundError(
+            f"plot-tau: the folder of --out, {out.parent}, does not exist: make it first"
+        )
+    with opened(text_file) as file:
+        requirements()
+        import transformers
+
+        network = network_of(model, tempnet, **settings)
+        tokenizer = pretrained(transformers.AutoTokenizer, model)
+        try:
+            ids, pieces = first_tokens(tokenizer, file, tokens)
+        except UnicodeDecodeError as error:
+            raise ValueError(
+                f"plot-tau: {text_file} must be UTF-8 ({error}): convert it, as iconv does"
+            ) from error
     if len(ids) < 2:
         raise ValueError(
             f"plot-tau: {text_file} must have at least two tokens, for the first is not predicted, "
             f"got {len(ids)}"
         )
-    statistics = score(lm, network, ids, batch, window)
+    lm = pretrained(transformers.AutoModelForCausalLM, model, dtype="auto").to(DEVICE).eval()
+    try:
+        statistics = score(lm, network, ids, batch, window)
+    except torch.OutOfMemoryError as error:
+        raise ValueError(
+            "plot-tau: the GPU's memory is full: pass a smaller --batch or --window"
+        ) from error
     broken = ~statistics["tau"].isfinite() | statistics["log_prob"].isnan()
     if broken.any():
         raise ValueError(

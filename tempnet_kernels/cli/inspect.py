@@ -1,4 +1,4 @@
-"""python -m tempnet_kernels inspect: the TempNets of a checkpoint, as numbers and as text."""
+"""inspect: the TempNets of a checkpoint, as numbers and as text."""
 
 import math
 
