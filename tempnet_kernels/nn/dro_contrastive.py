@@ -217,16 +217,15 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
         pairs = image.shape[0] if ranks is None else ranks.pairs
         self._check_rho(pairs)
         taus = self._temperatures(image, text, ids, update, logit_scale)
-        log_s_image = log_s_text = None
-        if ids is not None and not own.softmax:
-            log_s_image = self.state.read("log_s_image", ids)
-            log_s_text = self.state.read("log_s_text", ids)
+        visit: dict[str, Any] = {"gamma": self.gamma, "rho": self.rho}
+        if own.softmax:
+            visit = {"gamma": 1.0, "rho": 0.0, "include_positive": True}
+        elif ids is not None:
+            visit |= {x: self.state.read(x, ids) for x in ("log_s_image", "log_s_text")}
         value, stats = dro_contrastive(
-            image, text, *taus, 0.0 if own.softmax else self.rho,
-            log_s_image=log_s_image, log_s_text=log_s_text,
-            gamma=1.0 if own.softmax else self.gamma, include_positive=own.softmax,
-            image_ids=image_ids, text_ids=text_ids, negative_mask=negative_mask,
-            return_stats=True, process_group=ranks, backend=self.backend,
+            image, text, *taus, **visit, image_ids=image_ids, text_ids=text_ids,
+            negative_mask=negative_mask, return_stats=True, process_group=ranks,
+            backend=self.backend,
         )  # fmt: skip
         if update:
             new = {"log_s_image": stats.log_s_image, "log_s_text": stats.log_s_text}

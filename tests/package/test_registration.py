@@ -1,7 +1,10 @@
 """Which backend is taken, what the import needs, and that the public names are documented."""
 
+import inspect
 import subprocess
 import sys
+
+import torch
 
 import tempnet_kernels
 from tempnet_kernels.core import register
@@ -44,6 +47,30 @@ def test_auto_takes_the_first_backend_that_is_built(monkeypatch):
     assert [chosen["cpu", n] for n in (2, 1, 0)] == ["native"] * 3  # slow Triton is no fallback
 
 
+def public_callables():
+    """(name, function) of the package and of nn, and of the classes' own methods."""
+    for module in (tempnet_kernels, tempnet_kernels.nn):
+        for name in module.__all__:
+            x = getattr(module, name)
+            if inspect.isfunction(x):
+                yield name, x
+            elif inspect.isclass(x) and issubclass(x, torch.nn.Module):
+                for method, y in vars(x).items():
+                    if inspect.isfunction(y) and (method == "__init__" or method[0] != "_"):
+                        yield f"{name}.{method}", y
+
+
 def test_public_names_are_documented():
-    for name in tempnet_kernels.__all__:
-        assert getattr(tempnet_kernels, name).__doc__, name
+    for module in (tempnet_kernels, tempnet_kernels.nn):
+        for name in module.__all__:
+            assert getattr(module, name).__doc__, name
+
+
+def test_public_signatures_are_typed():
+    found = dict(public_callables())
+    assert {"dro_contrastive", "load_tempnet", "TempNet.__init__", "TempNet.forward"} <= set(found)
+    for name, function in found.items():
+        signature = inspect.signature(function)
+        for parameter in list(signature.parameters.values())["." in name :]:
+            assert parameter.annotation is not parameter.empty, f"{name}: {parameter}"
+        assert signature.return_annotation is not signature.empty, name
