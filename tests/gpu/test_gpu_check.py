@@ -5,14 +5,10 @@ import json
 import subprocess
 import sys
 import time
-from pathlib import Path
 
+import gpu_check
 import pytest
-
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "scripts"))
-import gpu_check  # noqa: E402
-import summary  # noqa: E402
+import summary
 
 FAULTY = """
 import os, time
