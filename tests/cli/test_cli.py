@@ -19,8 +19,8 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import tempnet_kernels
-from tempnet_kernels import _register
 from tempnet_kernels.cli import app, plot_tau
+from tempnet_kernels.core import register
 from tempnet_kernels.nn import (
     ContrastiveTempNet,
     RobustContrastiveLoss,
@@ -79,9 +79,9 @@ def test_a_hidden_installation_is_found(elsewhere, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "meta_path", [PathFinder])
     monkeypatch.setattr(sys, "path", own)
     monkeypatch.chdir(here.parent)
-    assert _register.hidden_installation() is None
+    assert register.hidden_installation() is None
     monkeypatch.setattr(sys, "path", [*own, str(elsewhere.parent)])
-    assert _register.hidden_installation() == elsewhere
+    assert register.hidden_installation() == elsewhere
 
     class Editable:
         """As the finder that setuptools installs."""
@@ -94,9 +94,9 @@ def test_a_hidden_installation_is_found(elsewhere, tmp_path, monkeypatch):
 
     monkeypatch.setattr(sys, "path", own)
     monkeypatch.setattr(sys, "meta_path", [PathFinder, Editable])
-    assert _register.hidden_installation() is None, "an editable one of this folder hides nothing"
+    assert register.hidden_installation() is None, "an editable one of this folder hides nothing"
     Editable.folder = elsewhere
-    assert _register.hidden_installation() == elsewhere
+    assert register.hidden_installation() == elsewhere
 
 
 def test_env_in_a_checkout_that_is_not_built_names_the_installation_it_hides(elsewhere, tmp_path):
@@ -184,7 +184,7 @@ def test_inspect_warns(tmp_path):
 
 def test_inspect_of_a_contrastive_loss(tmp_path):
     nets = {f"{side}_temp_gen": ContrastiveTempNet(8) for side in ("image", "text")}
-    loss = RobustContrastiveLoss(50, **nets)
+    loss = RobustContrastiveLoss(50, rho=1.0, **nets)
     features = torch.nn.functional.normalize(torch.randn(2, 6, 8), dim=-1)
     loss(*features, torch.arange(10, 16)).backward()
     torch.save(loss.state_dict(), tmp_path / "a.pt")
@@ -205,7 +205,7 @@ def test_inspect_of_a_contrastive_loss(tmp_path):
 
 
 def test_inspect_of_isogclrs_table_beside_a_network(tmp_path):
-    loss = RobustContrastiveLoss(50, method="isogclr")
+    loss = RobustContrastiveLoss(50, rho=1.0, method="isogclr")
     state = {f"loss.{name}": x for name, x in loss.state_dict().items()}
     torch.save(state | TempNet(9, hidden_size=4).state_dict(), tmp_path / "a.pt")
     (got,) = facts(tmp_path / "a.pt")["states"]
@@ -392,7 +392,7 @@ def test_plot_tau_refuses(folder, tmp_path, monkeypatch, ordinary_memory):
         patch.setattr(plot_tau, "_statistics", Mock(side_effect=full))
         assert "pass a smaller --batch or --window" in error(*command)
     with monkeypatch.context() as patch:
-        patch.setattr(_register, "missing", lambda *_: "the kernels are not built: build them")
+        patch.setattr(register, "missing", lambda *_: "the kernels are not built: build them")
         assert "plot-tau: the kernels are not built: build them" in error(*command)
     monkeypatch.setitem(sys.modules, "transformers", None)
     assert "pip install transformers matplotlib" in error(*command)
