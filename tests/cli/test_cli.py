@@ -138,7 +138,7 @@ def test_inspect_of_a_saved_network(tmp_path):
 def test_inspect_is_readable_at_80_columns(tmp_path):
     save_tempnet(TempNet(32000), tmp_path / "a.safetensors")
     loss = RobustContrastiveLoss(
-        50, image_temp_gen=ContrastiveTempNet(8), text_temp_gen=ContrastiveTempNet(8)
+        50, rho=1.0, image_temp_gen=ContrastiveTempNet(8), text_temp_gen=ContrastiveTempNet(8)
     )
     state = {f"module.loss.{name}": x for name, x in loss.state_dict().items()}
     torch.save({"state_dict": state}, tmp_path / "b.pt")

@@ -88,3 +88,15 @@ def test_parameters_and_checkpoint_are_the_networks(device):
     names = {name.removeprefix("tempnet.") for name in module.state_dict()}
     assert names == set(module.tempnet.state_dict())
     assert "rho=1.5" in repr(module)
+
+
+def test_misuse_says_what_to_do(device):
+    hidden, weight, labels, module = make(device)
+    with pytest.raises(ValueError, match=rf"must be logits of {V} columns, .*pass weight="):
+        module(hidden, labels)
+    with pytest.raises(ValueError, match=r"num_items_in_batch must be > 0, .*got 0: leave out"):
+        module(hidden, labels, 0, weight=weight)
+    with pytest.raises(TypeError, match="labels or shift_labels must be given"):
+        module(hidden, None, weight=weight)
+    with pytest.raises(ValueError, match=rf"TempNetCausalLMLoss: rho must be below log\({V}\)"):
+        TempNetCausalLMLoss(TempNet(V), rho=20.0)

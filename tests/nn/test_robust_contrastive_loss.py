@@ -307,3 +307,13 @@ def test_bad_calls_say_what_was_expected(options, call, error, message):
         loss_fn(image, text, **({"ids": torch.arange(B)} | call))
     with pytest.raises(RuntimeError, match="temperature_stats needs a forward first"):
         make("sogclr").temperature_stats()
+
+
+@pytest.mark.parametrize("method", ["isogclr", "tempnet"])
+def test_a_radius_that_no_negatives_reach_raises_in_training(method):
+    loss_fn = make(method, rho=math.log(B - 1))
+    image, text = features()
+    with pytest.raises(ValueError, match=r"rho must be below log\(11\) = 2.398, .* 11 negatives"):
+        loss_fn(image, text, torch.arange(B))
+    assert loss_fn.eval()(image, text, torch.arange(B)).isfinite()
+    make(method, rho=math.log(B - 1) - 0.01)(image, text, torch.arange(B))

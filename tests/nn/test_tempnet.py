@@ -216,3 +216,29 @@ def test_wrong_arguments_are_named(arguments, words):
 def test_wrong_width_is_named():
     with pytest.raises(ValueError, match=r"logits must have 50 columns, got shape \(2, 7\)"):
         make()(torch.randn(2, 7))
+
+
+@pytest.mark.parametrize(
+    "tempnet, rho, error, message",
+    [
+        (100, 1.0, TypeError, r"tempnet must be a module .*TempNet\(vocab_size\) is, got int"),
+        (TempNet(V), None, ValueError, "rho must be given where a tempnet learns"),
+        (TempNet(V), math.nan, ValueError, "rho must be a finite number >= 0, got nan"),
+        (TempNet(V), -0.5, ValueError, "rho must be a finite number >= 0, got -0.5"),
+        (
+            TempNet(V),
+            math.log(V),
+            ValueError,
+            r"rho must be below log\(50\) = 3.912, .*near the me",
+        ),
+    ],
+)
+def test_misuse_of_the_loss_says_what_to_do(tempnet, rho, error, message):
+    with pytest.raises(error, match=f"TempNetCrossEntropyLoss: {message}"):
+        TempNetCrossEntropyLoss(tempnet, rho)
+
+
+def test_the_loss_without_a_network_is_cross_entropy_at_rho_log_v():
+    logits, target = torch.randn(4, V), torch.arange(4)
+    loss = DROCrossEntropyLoss(math.log(V))(logits, target)
+    torch.testing.assert_close(loss, torch.nn.functional.cross_entropy(logits, target))

@@ -236,6 +236,9 @@ def test_tau_not_positive_or_not_finite(backend, bad, device):
         ("smoothing", ValueError, r"label_smoothing must be in \[0, 1\], got 1.5"),
         ("z_loss", ValueError, "z_loss must be finite and >= 0, got -1"),
         ("backend", ValueError, "backend must be one of .* got 'cuda'"),
+        ("no rho", ValueError, "rho must be given where tau learns: .* near the mean kl"),
+        ("rho < 0", ValueError, "rho must be a finite number >= 0, got -1"),
+        ("rho NaN", ValueError, "rho must be a finite number >= 0, got nan"),
     ],
 )
 def test_wrong_arguments_are_named(backend, kind, error, words, device):
@@ -256,6 +259,8 @@ def test_wrong_arguments_are_named(backend, kind, error, words, device):
         tau = torch.ones(1, device=device)
     elif kind == "tau dtype":
         tau = torch.ones(3, dtype=torch.int64, device=device)
+    elif kind == "no rho":
+        tau = torch.ones(3, device=device, requires_grad=True)
     else:
         options |= {
             "weight shape": {"row_weight": torch.ones(5, device=device)},
@@ -263,10 +268,20 @@ def test_wrong_arguments_are_named(backend, kind, error, words, device):
             "reduction": {"reduction": "avg"},
             "smoothing": {"label_smoothing": 1.5},
             "z_loss": {"z_loss": -1},
+            "rho < 0": {"rho": -1},
+            "rho NaN": {"rho": math.nan},
             "backend": {"backend": "cuda"},
         }[kind]
     with pytest.raises(error, match="dro_cross_entropy: .*" + words):
         dro_cross_entropy(logits, target, tau, **options)
+
+
+def test_rho_may_be_left_out_where_no_temperature_learns(backend, device):
+    logits, target = torch.randn(3, 8, device=device), torch.tensor([1, 2, 3], device=device)
+    tau = torch.full((3,), 0.5, device=device, requires_grad=True)
+    with torch.no_grad():
+        loss = dro_cross_entropy(logits, target, tau, backend=backend)
+    assert torch.equal(loss, dro_cross_entropy(logits, target, 0.5, 0.0, backend=backend))
 
 
 def test_non_contiguous_logits(backend, device):
@@ -287,8 +302,10 @@ def test_overwrite_logits_misuse_raises(backend, device):
     leaf = torch.randn(3, 8, device=device, requires_grad=True)
     target = torch.tensor([1, 2, 3], device=device)
     options = {"overwrite_logits": True, "backend": backend}
-    with pytest.raises(ValueError, match="cannot overwrite a leaf"):
+    with pytest.raises(ValueError, match=r"needs logits that an operation made .*, got a leaf"):
         dro_cross_entropy(leaf, target, **options)
+    with pytest.raises(ValueError, match="got a view of a leaf that requires a gradient"):
+        dro_cross_entropy(leaf.view(1, 3, 8), target[None], **options)
     with pytest.raises(ValueError, match="needs reduction 'mean' or 'sum', got 'none'"):
         dro_cross_entropy(leaf * 1.0, target, reduction="none", **options)
     with pytest.raises(ValueError, match="column stride 1"):
