@@ -37,7 +37,7 @@ def show(console):
     if not torch.cuda.is_available():
         facts.add_row("GPU", "none")
     for device in ("cpu", "cuda"):
-        facts.add_row(f"native, {device}", _library(device))
+        facts.add_row(f"native, {device}", library_state(device))
     console.print(facts)
 
     table = Table(title="backend of each op ('auto' in bold)")
@@ -67,7 +67,7 @@ def show(console):
         console.print(f"{backend}, {device}, {ops}: {reason}", highlight=False, markup=False)
 
 
-def _library(device):
+def library_state(device):
     """The compiled library, for which architectures, and whether it is loaded."""
     path = register.library(device)
     if not path.exists():

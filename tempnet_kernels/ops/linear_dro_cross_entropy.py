@@ -308,7 +308,7 @@ class _LinearDROCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable("linear_dro_cross_entropy")
     def backward(ctx, grad_loss, *_):
-        if not ctx.each_row:
+        if any(ctx.wants) and not ctx.each_row:
             first_backward("linear_dro_cross_entropy", ctx)
         rows, scale, *grads = ctx.saved_tensors
         needed = ctx.needs_input_grad

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from tempnet_kernels.__main__ import _library
+from tempnet_kernels.cli.env import library_state
 from tempnet_kernels.core import register
 
 ROOT = Path(__file__).parents[2]
@@ -37,7 +37,7 @@ def serves(device):
 
 def library(device):
     if serves(device):
-        return {"row": {"library": _library(device), "built in s": None}}
+        return {"row": {"library": library_state(device), "built in s": None}}
     begin = time.monotonic()
     wanted = {"TEMPNET_CUDA": str(int(device == "cuda"))}
     subprocess.run(
@@ -46,7 +46,7 @@ def library(device):
     )  # fmt: skip
     register.load_native.cache_clear()
     assert device not in register.load_native(), register.load_native()[device]
-    return {"row": {"library": _library(device), "built in s": time.monotonic() - begin}}
+    return {"row": {"library": library_state(device), "built in s": time.monotonic() - begin}}
 
 
 def cases(device, part):

@@ -104,7 +104,7 @@ def test_ddp_on_two_ranks_of_unlike_sizes_trains_as_one_process(two_ranks, open_
 def without_ddp(group):
     """Networks drawn differently by rank, and no DDP to hand on those of rank 0."""
     loss_fn = TempNetClipLoss(
-        True, True, rank=dist.get_rank(), world_size=2, **networks(dist.get_rank())
+        True, True, rank=dist.get_rank(), world_size=2, rho=1.0, **networks(dist.get_rank())
     )
     image, text = features()
     return error_of(group, lambda _: loss_fn(image, text, None))

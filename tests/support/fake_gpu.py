@@ -80,7 +80,7 @@ def cross_entropy(backend, dtype, reduction):
 def cross_entropy_of_numbers(backend, tau, normalizer):
     leaf = randn(N, V)
     loss = tk.dro_cross_entropy(
-        leaf, integers(V, N, dtype=torch.int32), 0.5 if tau == "number" else randn(),
+        leaf, integers(V, N, dtype=torch.int32), 0.5 if tau == "number" else randn(), 1.0,
         normalizer={"none": None, "number": 7.0, "0-d": randn(grad=False)}[normalizer],
         backend=backend,
     )  # fmt: skip
@@ -182,7 +182,7 @@ def robust_loss(method, group=None, **options):
                 networks = [ContrastiveTempNet(D) for _ in range(2)]
             options |= dict(zip(("image_temp_gen", "text_temp_gen"), networks, strict=True))
         loss = RobustContrastiveLoss(
-            90 if method != "clip" else 0, method=method, process_group=group, **options
+            90 if method != "clip" else 0, rho=1.0, method=method, process_group=group, **options
         )
         loss.state.to(GPU)
         if method == "clip":
@@ -261,7 +261,7 @@ def token_module(backend):
 def sharded_cross_entropy(backend, overwrite, smooth):
     leaf = randn(N, V)
     loss, stats = tk.dro_cross_entropy(
-        leaf * 2, integers(2 * V, N), randn(N), label_smoothing=smooth, return_stats=True,
+        leaf * 2, integers(2 * V, N), randn(N), 1.0, label_smoothing=smooth, return_stats=True,
         overwrite_logits=overwrite, process_group=GROUP, backend=backend,
     )  # fmt: skip
     return loss, stats, backward(loss, leaf)
