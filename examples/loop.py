@@ -20,6 +20,64 @@ from safetensors.torch import load_file, save_file
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+CHECKPOINT = "checkpoint.safetensors"
+
+
+class Refused(Exception):
+    """What the user can mend, said in a line."""
+
+
+def start(main):
+    """Run the command ``main``; what it refuses ends it with one line, without a traceback."""
+    try:
+        typer.run(main)
+    except Refused as error:
+        sys.exit(f"error: {error}")
+
+
+def check(device, resume, overwrite, **at_least_1):
+    """Refuse what no run can be started with."""
+    for name, value in at_least_1.items():
+        if value < 1:
+            raise Refused(f"--{name} must be at least 1, got {value}")
+    if resume and overwrite:
+        raise Refused("--resume goes on with a run and --overwrite replaces it: pass one of them")
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise Refused(f"--device {device} is not there ({reason}): pass --device cpu") from error
+
+
+def is_finished(out, config, resume, overwrite):
+    """Whether the folder ``out`` holds a finished run of ``config``, which is kept. Refused: one of
+    another configuration, which would be lost, and to go on with a run of another."""
+    if overwrite:
+        return False
+    result, checkpoint = out / "result.json", out / CHECKPOINT
+    stored = None
+    if result.exists():
+        stored, what = json.loads(result.read_text())["config"], "a finished run"
+    elif resume and checkpoint.exists():
+        stored, what = checkpoint_config(checkpoint), "a run"
+    if stored is None:
+        return False
+    other = differing(config, stored) - {"device"}
+    if other:
+        were = ", ".join(f"{name} {stored.get(name)}" for name in sorted(other))
+        raise Refused(
+            f"{out} holds {what} with {were}: pass the same, or another --out, or --overwrite to "
+            "replace it"
+        )
+    if result.exists() and is_first():
+        print(f"{out} holds this run, finished; --overwrite trains it again")
+    return result.exists()
+
+
+def differing(config, stored):
+    """Names of the fields of ``config`` that differ from those of a stored configuration."""
+    return {name for name, value in asdict(config).items() if stored.get(name) != value}
+
 
 class Loop:
     """A subclass sets ``out`` (the folder), ``config`` (a dataclass), ``label`` (of the bar),
@@ -37,7 +95,7 @@ class Loop:
 
     @property
     def checkpoint(self):
-        return self.out / "checkpoint.safetensors"
+        return self.out / CHECKPOINT
 
     def save(self):
         tensors = {

@@ -19,7 +19,7 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 import torch
-from loop import replace
+from loop import Refused, replace
 from matplotlib.ft2font import FT2Font
 from safetensors.torch import load_file, save_file
 
@@ -149,7 +149,10 @@ def glyphs():
     """(images, names, faces)."""
     images, names, faces = [], [], []
     for face, name in enumerate(FACES):
-        font = FT2Font(Path(matplotlib.get_data_path(), "fonts", "ttf", name + ".ttf"))
+        path = Path(matplotlib.get_data_path(), "fonts", "ttf", name + ".ttf")
+        if not path.exists():
+            raise Refused(f"{path} is not there: install matplotlib with pip, which has its fonts")
+        font = FT2Font(path)
         for code in sorted(font.get_charmap()):
             text = unicodedata.name(chr(code), None)
             image = None if text is None else drawn(font, code)
@@ -201,6 +204,11 @@ def functions():
             if len(subwords(text)) >= 3 and code:
                 codes.append(code)
                 texts.append(text)
+    if not texts:
+        raise Refused(
+            f"the functions are the standard library's, and there is no source under {root}: use a "
+            "Python that is not stripped of it"
+        )
     return codes, texts, [0] * len(texts)
 
 

@@ -4,10 +4,12 @@
     python examples/train_lm.py --loss tempnet   # one of them
     python examples/train_lm.py --resume         # go on where Ctrl-C stopped
 
-Everything is written to runs/lm. The losses: ``ce`` (plain cross entropy), ``official`` (TempNet
-through the authors' formula in eager PyTorch), ``tempnet`` (the same through tempnet_kernels),
-``linear`` (the same again, from the hidden states, without the logits) and ``frozen`` (the ``ce``
-model frozen, only a TempNet trained).
+It needs ``pip install tokenizers tensorboard matplotlib tqdm`` and no network. Everything is
+written to runs/lm, where a finished run is kept unless --overwrite is passed.
+
+The losses: ``ce`` (plain cross entropy), ``official`` (TempNet through the authors' formula in
+eager PyTorch), ``tempnet`` (the same through tempnet_kernels), ``linear`` (the same again, from the
+hidden states, without the logits) and ``frozen`` (the ``ce`` model frozen, only a TempNet trained).
 """
 
 import json
@@ -26,7 +28,7 @@ from typing import Annotated
 import torch
 import torch.nn.functional as F
 import typer
-from loop import Loop, strip
+from loop import CHECKPOINT, Loop, Refused, check, checkpoint_config, is_finished, start, strip
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
@@ -69,6 +71,8 @@ class Config:
     device: str = "cpu"
 
 
+ARCHITECTURE = ("context", "width", "layers", "heads", "vocab_size")
+
 # Data: whole files are held out, so that no held-out line was trained on.
 
 
@@ -78,7 +82,10 @@ def standard_library(text_mib):
     skip = {"test", "tests", "site-packages", "idlelib", "lib2to3", "__pycache__"}
     files = sorted(p for p in root.rglob("*.py") if not skip & set(p.relative_to(root).parts))
     if not files:
-        raise FileNotFoundError(f"train_lm: no Python source under {root}")
+        raise Refused(
+            f"the text is the standard library's source, and there is none under {root}: use a "
+            "Python that is not stripped of it"
+        )
     train, held_out, size = [], [], 0
     for i, path in enumerate(files):
         text = path.read_text(encoding="utf-8", errors="replace")
@@ -181,7 +188,16 @@ class Trainer(Loop):
         self.kind, self.config, self.out = kind, config, out / kind
         self.label, self.steps = f"{kind:9}", config.steps
         self.save_every, self.device = config.save_every, config.device
+        if config.width % config.heads:
+            raise Refused(
+                f"--width must be a multiple of the {config.heads} heads, got {config.width}"
+            )
         self.train_ids, self.held_out_ids, self.tokenizer = tokenized(config, out)
+        longest = min(len(self.train_ids), len(self.held_out_ids)) - 2
+        if config.context > longest:
+            raise Refused(
+                f"--context must be at most {longest}, for the text is short, got {config.context}"
+            )
         torch.manual_seed(config.seed)
         self.model = GPT(config).to(config.device)
         # Drawn after the model: the model starts the same for every loss.
@@ -189,11 +205,16 @@ class Trainer(Loop):
         if kind != Loss.ce:
             self.tempnet = TempNet(config.vocab_size, 0.5, 1.5).to(config.device)
         if kind == Loss.frozen:
-            checkpoint = out / Loss.ce / "checkpoint.safetensors"
+            checkpoint = out / Loss.ce / CHECKPOINT
             if not checkpoint.exists():
-                raise FileNotFoundError(
-                    f"train_lm: --loss frozen needs {checkpoint}: run --loss ce"
-                )
+                raise Refused(f"--loss frozen needs {checkpoint}: run --loss ce first")
+            stored = checkpoint_config(checkpoint)
+            for name in ARCHITECTURE:
+                if stored[name] != getattr(config, name):
+                    raise Refused(
+                        f"--loss frozen needs the model of {checkpoint}, with {name} "
+                        f"{stored[name]}, got {getattr(config, name)}: pass the same"
+                    )
             weights = load_file(checkpoint)
             self.model.load_state_dict(strip(weights, "model."))
             self.model.requires_grad_(False)
@@ -335,6 +356,7 @@ def main(
     loss: Annotated[Loss | None, typer.Option(help="One loss; default all.")] = None,
     out: Annotated[Path, typer.Option(help="Where everything is written.")] = Path("runs/lm"),
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoints.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Train finished runs again.")] = False,
     steps: int = Config.steps,
     batch: int = Config.batch,
     context: int = Config.context,
@@ -344,6 +366,10 @@ def main(
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
 ):
     """Train a small GPT with learned temperatures on the standard library."""
+    check(
+        device, resume, overwrite, steps=steps, batch=batch, context=context, width=width,
+        layers=layers,
+    )  # fmt: skip
     config = Config(
         steps=steps,
         batch=batch,
@@ -353,12 +379,19 @@ def main(
         seed=seed,
         device=device,
     )
+    # All before the first is trained: what is refused is refused at once.
+    unfinished = [
+        kind
+        for kind in (Loss if loss is None else [loss])
+        if not is_finished(out / kind, config, resume, overwrite)
+    ]
     if loss is not None:
-        Trainer(loss, config, out).run(resume)
+        for kind in unfinished:
+            Trainer(kind, config, out).run(resume)
         return
     # Each loss in a process of its own: its peak memory is then its own too.
     options = sys.argv[1:]
-    for kind in Loss:
+    for kind in unfinished:
         command = [sys.executable, __file__, *options, "--loss", kind.value]
         try:
             status = subprocess.run(command).returncode
@@ -374,4 +407,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    start(main)

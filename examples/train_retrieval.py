@@ -5,10 +5,12 @@
     python examples/train_retrieval.py --data code --resume        # go on where it was stopped
     torchrun --nproc-per-node 2 examples/train_retrieval.py --method tempnet --seed 0
 
-Everything is written to runs/retrieval/<data>/<method>/<seed>. The methods, all of them
-``RobustContrastiveLoss``: ``clip`` (one learned temperature), ``sogclr`` (one fixed temperature),
-``isogclr`` (a table of temperatures) and ``tempnet`` (predicted temperatures). Those of a seed
-start with the same encoders and see the same batches.
+It needs ``pip install tensorboard matplotlib tqdm`` and no network. Everything is written to
+runs/retrieval/<data>/<method>/<seed>, where a finished run is kept unless --overwrite is passed.
+
+The methods, all of them ``RobustContrastiveLoss``: ``clip`` (one learned temperature), ``sogclr``
+(one fixed temperature), ``isogclr`` (a table of temperatures) and ``tempnet`` (predicted
+temperatures). Those of a seed start with the same encoders and see the same batches.
 """
 
 import json
@@ -25,7 +27,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 import typer
-from loop import Loop, checkpoint_config, is_first
+from loop import Loop, Refused, check, differing, is_finished, is_first, start
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -67,10 +69,6 @@ class Config:
     save_every: int = 100
     texts: int | None = None  # train with this many; None: all
     device: str = "cpu"
-
-    def differing(self, stored):
-        """Names of the fields that differ from those of a stored configuration."""
-        return {name for name, value in asdict(self).items() if stored.get(name) != value}
 
 
 METRICS = ("image_to_text@1", "image_to_text@10", "text_to_image@1", "text_to_image@10")
@@ -159,15 +157,23 @@ class Retrieval(nn.Module):
 # Training.
 
 
+def folder_of(config, out):
+    return out / config.data / config.method / str(config.seed)
+
+
 class Trainer(Loop):
     def __init__(self, config, out):
         self.config, self.device, self.save_every = config, config.device, config.save_every
-        self.out = out / config.data / config.method / str(config.seed)
+        self.out = folder_of(config, out)
         self.label = f"{config.method:7} {config.seed}"
         self.train, self.held_out, vocabulary = retrieval_data.load(config.data, out / config.data)
         if config.texts is not None:
             self.train = self.train.of_texts(config.texts)
             self.held_out = self.held_out.of_texts(config.texts // 4)
+        if not 2 <= config.batch <= len(self.train):
+            raise Refused(
+                f"--batch must be in [2, {len(self.train)}], the training pairs, got {config.batch}"
+            )
         self.batches = len(self.train) // config.batch
         self.steps = config.epochs * self.batches
         torch.manual_seed(config.seed)
@@ -283,17 +289,6 @@ class Trainer(Loop):
             **{name: rows[-1][name] for name in METRICS},
         }
 
-    def is_done(self):
-        """Whether its result is there; an error if it was begun with another configuration."""
-        if not self.checkpoint.exists():
-            return False
-        differing = self.config.differing(checkpoint_config(self.checkpoint)) - {"device"}
-        if differing:
-            raise typer.BadParameter(
-                f"--resume: {self.out} was made with other {', '.join(sorted(differing))}"
-            )
-        return (self.out / "result.json").exists()
-
 
 def finished(out, config):
     """{method: [its results, one a seed]} of the runs with this configuration but for the seed."""
@@ -301,7 +296,7 @@ def finished(out, config):
     for method in Method:
         for path in sorted((out / config.data / method).glob("*/result.json")):
             result = json.loads(path.read_text())
-            if config.differing(result["config"]) <= {"method", "seed", "device"}:
+            if differing(config, result["config"]) <= {"method", "seed", "device"}:
                 found.setdefault(method, []).append(result)
     return found
 
@@ -333,12 +328,14 @@ def main(
         Path("runs/retrieval")
     ),
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoints.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Train finished runs again.")] = False,
     epochs: int = Config.epochs,
     batch: int = Config.batch,
     width: int = Config.width,
     device: str = "cuda" if torch.cuda.is_available() else "cpu",
 ):
     """Train image and text encoders with four contrastive losses."""
+    check(device, resume, overwrite, seeds=seeds, epochs=epochs, width=width)
     several = "WORLD_SIZE" in os.environ
     if several:
         dist.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -348,28 +345,32 @@ def main(
         if is_first():
             retrieval_data.load(data, out / data)
         dist.barrier()  # the first process makes the cache, the others read it
-    for one_seed in range(seeds) if seed is None else [seed]:
-        for one_method in Method if method is None else [method]:
-            config = Config(
-                data=data.value, method=one_method.value, seed=one_seed, epochs=epochs,
-                batch=batch, width=width, device=device,
-            )  # fmt: skip
-            trainer = Trainer(config, out)
-            if not (resume and trainer.is_done()):
-                trainer.run(resume)
-            del trainer
+    configs = [
+        Config(
+            data=data.value, method=one_method.value, seed=one_seed, epochs=epochs, batch=batch,
+            width=width, device=device,
+        )
+        for one_seed in (range(seeds) if seed is None else [seed])
+        for one_method in (Method if method is None else [method])
+    ]  # fmt: skip
+    # All before the first is trained: what is refused is refused at once.
+    unfinished = [c for c in configs if not is_finished(folder_of(c, out), c, resume, overwrite)]
+    for config in unfinished:
+        trainer = Trainer(config, out)
+        trainer.run(resume)
+        del trainer
     first = is_first()
     if several:
         # DDP's threads must have ended before the group does, or gloo hangs now and then.
         dist.barrier()
         dist.destroy_process_group()
     if first:
-        report(out, config)
+        report(out, configs[-1])
         import retrieval_plots
 
-        for path in retrieval_plots.draw(out, config):
+        for path in retrieval_plots.draw(out, configs[-1]):
             print(path)
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    start(main)

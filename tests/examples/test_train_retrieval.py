@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import typer
+from typer.testing import CliRunner
 
 pytest.importorskip("tensorboard", reason="the example's packages are not installed")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
@@ -215,7 +216,7 @@ TWO_PROCESSES = """
 import sys
 from pathlib import Path
 import torch, torch.distributed as dist
-sys.path.insert(0, {examples!r})
+sys.path[:0] = {paths!r}
 from train_retrieval import Config, Trainer
 torch.set_num_threads(1)
 dist.init_process_group("gloo")
@@ -230,10 +231,9 @@ dist.destroy_process_group()
 def test_two_processes_train_as_one_and_one_goes_on_from_their_checkpoint(own_out, tmp_path):
     short = TINY | {"epochs": 1}
     script = tmp_path / "two_processes.py"
-    examples = str(Path(loop.__file__).parent)
-    script.write_text(
-        TWO_PROCESSES.format(examples=examples, options=short, out=str(own_out))
-    )  # fmt: skip
+    examples = Path(loop.__file__).parent
+    paths = [str(examples.parent), str(examples)]
+    script.write_text(TWO_PROCESSES.format(paths=paths, options=short, out=str(own_out)))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", script]
     result = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert result.returncode == 0, result.stderr
@@ -266,7 +266,7 @@ def test_ctrl_c_waits_for_the_end_of_the_step(own_out):
     with pytest.raises(typer.Exit):
         trainer.run(resume=False)
     stopped = Trainer(Config(**TINY), own_out)
-    assert not stopped.is_done()
+    assert not loop.is_finished(stopped.out, stopped.config, resume=True, overwrite=False)
     stopped.load()
     assert stopped.step == 6
     assert [row["step"] for row in loop.read_rows(stopped.out / "metrics.jsonl")] == list(range(6))
@@ -280,7 +280,65 @@ def test_resume_refuses_another_configuration(own_out):
     options = TINY | {"epochs": 1}
     trainer = Trainer(Config(**options), own_out)
     trainer.run(resume=False)
-    assert trainer.is_done()
-    assert json.loads((trainer.out / "result.json").read_text())["config"]["epochs"] == 1
-    with pytest.raises(typer.BadParameter, match="epochs"):
-        Trainer(Config(**TINY), own_out).is_done()
+    assert loop.is_finished(trainer.out, trainer.config, resume=True, overwrite=False)
+    result = trainer.out / "result.json"
+    assert json.loads(result.read_text())["config"]["epochs"] == 1
+    with pytest.raises(loop.Refused, match="a finished run with epochs 1: pass"):
+        loop.is_finished(trainer.out, Config(**TINY), resume=True, overwrite=False)
+    result.unlink()
+    with pytest.raises(loop.Refused, match="a run with epochs 1: pass"):
+        loop.is_finished(trainer.out, Config(**TINY), resume=True, overwrite=False)
+
+
+def test_finished_runs_are_kept(own_out, monkeypatch):
+    """Run twice, as `make demo` may be, the second command draws its pictures and no more."""
+    train, held_out, sizes = retrieval_data.load(Data.glyphs, own_out / Data.glyphs)
+    small = (train.of_texts(60), held_out.of_texts(30), sizes)
+    monkeypatch.setattr(retrieval_data, "load", lambda data, folder: small)
+    app = typer.Typer()
+    app.command()(train_retrieval.main)
+
+    def run(*options):
+        arguments = ["--out", own_out, "--method", "clip", "--seeds", 2, "--epochs", 1, *options]
+        arguments += ["--batch", 16, "--width", 32, "--device", "cpu"]
+        return CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False).stdout
+
+    folder = own_out / Data.glyphs / Method.clip
+    names = [folder / seed / name for seed in "01" for name in ("metrics.jsonl", loop.CHECKPOINT)]
+    first = run()
+    before = [name.read_bytes() for name in names]
+    second = run()
+    assert second.count("holds this run, finished; --overwrite trains it again") == 2
+    assert "recall.png" in first and "recall.png" in second
+    with pytest.raises(loop.Refused, match="a finished run with epochs 1"):
+        run("--epochs", 2)
+    assert [name.read_bytes() for name in names] == before
+    run("--overwrite", "--epochs", 2)
+    assert [name.read_bytes() for name in names] != before
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (("--epochs", 0), "--epochs must be at least 1, got 0"),
+        (("--seeds", 0), "--seeds must be at least 1"),
+        (("--device", "nowhere"), "--device nowhere is not there"),
+        (("--batch", 1), r"--batch must be in \[2, \d+\], the training pairs, got 1"),
+        (("--batch", 10**6), r"--batch must be in \[2, \d+\]"),
+    ],
+)
+def test_refused_options(options, words, own_out):
+    app = typer.Typer()
+    app.command()(train_retrieval.main)
+    arguments = ["--out", own_out, *options]
+    with pytest.raises(loop.Refused, match=words):
+        CliRunner().invoke(app, list(map(str, arguments)), catch_exceptions=False)
+
+
+def test_data_that_are_not_there_are_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(retrieval_data.sysconfig, "get_paths", lambda: {"stdlib": tmp_path})
+    with pytest.raises(loop.Refused, match=f"no source under {tmp_path}: use a Python"):
+        retrieval_data.functions()
+    monkeypatch.setattr(retrieval_data.matplotlib, "get_data_path", lambda: tmp_path)
+    with pytest.raises(loop.Refused, match=r"DejaVuSans\.ttf is not there: install matplotlib"):
+        retrieval_data.glyphs()
