@@ -100,7 +100,8 @@ def radius(function, rho, learner=None):
 
 def check_reachable(function, rho, n, candidates):
     """Raise for a radius that no softmax over ``n`` candidates reaches."""
-    if n <= math.exp(min(rho, 700.0)):
+    # Not rho >= log(n), as n may be symbolic; log(n) itself is to raise.
+    if n <= math.exp(min(rho, 700.0)) * (1 + 1e-12):
         raise ValueError(
             f"{function}: rho must be below log({n}) = {math.log(n):.4g}, the largest KL from "
             f"uniform of a softmax over {n} {candidates}, got {rho}: no temperature meets it, and "

@@ -4,53 +4,20 @@ says of registers and spills. Runs without a GPU."""
 import re
 import shutil
 import subprocess
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import cuda_build
 import pytest
-import torch
 
 ROOT = Path(__file__).parents[2]
 NVCC = shutil.which("nvcc")
 ARCHITECTURES = ("80", "90a")
-SOURCES = (
-    "dro_cross_entropy",
-    "dro_contrastive",
-    "linear_dro_cross_entropy",
-    "tempered_softmax",
-    "optimal_temperature",
-)
 pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc is not on the PATH: not compiled")
 # kMode and kRead of the kernels that a training step launches on rows that begin on 16 bytes, or
 # that are read twice. The others hold more: argmax, label smoothing, edges of a row.
 MAIN_MODES = ("forward", "gradient")
 MODES = ("forward", "gradient", "argmax", "all")
 READS = ("aligned", "edged", "twice")
-
-
-def compile_for(architecture, source, directory):
-    """[(kernel, its mangled template arguments, registers, spilled bytes)]"""
-    include = Path(torch.__path__[0]) / "include"
-    command = [
-        NVCC, "-std=c++17", "-O3", f"-gencode=arch=compute_{architecture},code=sm_{architecture}",
-        "-Xptxas=-v", "-Werror=all-warnings", f"-I{include}",
-        f"-I{include}/torch/csrc/api/include", "-DTORCH_TARGET_VERSION=0x020b000000000000",
-        "-DUSE_CUDA", "-c", str(ROOT / f"csrc/cuda/{source}.cu"), "-o",
-        str(directory / f"{source}{architecture}.o"),
-    ]  # fmt: skip
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr
-    pattern = re.compile(
-        r"Compiling entry function '\w*?device(?:\d+(?:contrastive|linear|softmax))?"
-        r"\d+(\w+?_kernel)I(\w+?)v"
-        r"NS\d_\d+\w*ParamsE'.*?"
-        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
-        re.S,
-    )
-    return [
-        (kernel, arguments, int(registers), int(stores) + int(loads))
-        for kernel, arguments, stores, loads, registers in pattern.findall(result.stderr)
-    ]
 
 
 def token_loss(compiled):
@@ -72,17 +39,14 @@ def token_loss(compiled):
 
 
 @pytest.fixture(scope="module")
-def compiled(tmp_path_factory):
-    """{source: {architecture: what compile_for returns}}"""
-    directory = tmp_path_factory.mktemp("cuda")
-    wanted = [(s, a) for s in SOURCES for a in ARCHITECTURES]
-    with ThreadPoolExecutor() as pool:
-        results = pool.map(lambda w: compile_for(w[1], w[0], directory), wanted)
-    compiled = dict(zip(wanted, results, strict=True))
-    for (_, architecture), kernels in compiled.items():
+def compiled():
+    """{(source, architecture): kernels, of :func:`cuda_build.kernels`}"""
+    found = cuda_build.kernels()
+    assert len(found) == 5 * len(ARCHITECTURES)
+    for (_, architecture), kernels in found.items():
         for kernel, arguments, registers, spilled in kernels:
             print(f"sm_{architecture} {kernel} {arguments} {registers} registers {spilled} spilled")
-    return compiled
+    return found
 
 
 @pytest.fixture(scope="module")

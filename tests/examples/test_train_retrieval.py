@@ -23,7 +23,7 @@ import train_retrieval
 from train_retrieval import Config, Data, Method, Trainer
 
 # Some 290 pairs, enough for the prototypes; 18 steps an epoch.
-TINY = {"texts": 100, "batch": 16, "width": 32, "epochs": 12, "save_every": 9}
+TINY = {"texts": 100, "batch": 16, "rho": 2.0, "width": 32, "epochs": 12, "save_every": 9}
 
 
 @pytest.fixture(autouse=True)

@@ -1,40 +1,26 @@
 """The compiled libraries depend on torch's stable C symbols and on no Python, so that one build
 serves any Python and any torch from 2.11 on, and CUDA kernels are built without a GPU."""
 
-import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import cuda_build
 import pytest
 import torch
-from filelock import FileLock
 
 from tempnet_kernels.core import register
 
-ROOT = Path(__file__).parents[2]
 LIBTORCH = Path(torch.__path__[0]) / "lib" / "libtorch_cpu.so"
 # torch's C shims, the CUDA runtime, and what gcc needs: from libc, libm and libstdc++.
 STABLE = re.compile(r"(aoti_)?torch_|cuda[A-Z]|__cuda|_ITM_|__gmon_start__$|.*@(GLIBC|GCC|CXXABI)")
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def cuda_library():
-    """Built as `make cuda` does, beside this process's own."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("nvcc is not on the PATH: not compiled")
-    build = ROOT / "build" / "test_libraries"
-    build.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "setup.py", "-q", "build_ext", f"--build-lib={build / 'lib'}"]
-    with FileLock(build / "lock"):
-        result = subprocess.run(
-            [*command, f"--build-temp={build / 'temp'}"], cwd=ROOT, capture_output=True, text=True,
-            env={**os.environ, "TEMPNET_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0+PTX;9.0a"},
-        )  # fmt: skip
-    assert result.returncode == 0, result.stdout + result.stderr
-    return build / "lib" / "tempnet_kernels" / "lib" / "libtempnet_cuda.so"
+    return cuda_build.build()
 
 
 def undefined(library):
