@@ -54,7 +54,7 @@ TEMPNET_INLINE RowState<T> merge(const RowState<T>& x, const RowState<T>& y) {
   return r;
 }
 
-// The rows of the per-row result, [kRowFields, N]; tempnet_kernels/ops/dro_cross_entropy.py has the
+// The rows of the per-row result, [kRowFields, N]; tempnet_kernels/core/fields.py has the
 // same order.
 enum RowField { kLoss, kGradTau, kM, kLog2S, kEntropy, kLogProb, kRowFields };
 
@@ -126,7 +126,7 @@ TEMPNET_INLINE RowResult<T> finish(const RowState<T>& state, T zmax, T z_y, T me
 }
 
 // The state of some columns of a row, for other processes to merge: [kPartFields, N];
-// tempnet_kernels/chunked/dro_cross_entropy.py has the same order.
+// tempnet_kernels/core/fields.py has the same order.
 enum PartField { kPartZmax, kPartM, kPartDelta, kPartS, kPartSx, kPartZy, kPartMeanU, kPartFields };
 
 // part: the row's first field.

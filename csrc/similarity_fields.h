@@ -1,5 +1,5 @@
 // The rows of what the operators on a tile of similarities read and write;
-// tempnet_kernels/ops/dro_contrastive.py has the same order.
+// tempnet_kernels/core/fields.py has the same order.
 #pragma once
 
 namespace tempnet {

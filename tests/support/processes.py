@@ -14,6 +14,7 @@ EVEN = {1: (48,), 2: (24, 24), 4: (12, 12, 12, 12)}
 UNEVEN = {2: (31, 17), 4: (20, 0, 27, 1)}
 
 SECONDS = 60  # that a test may take before the processes are taken for stuck
+SECONDS_TO_START = 300  # on a busy machine, where each imports torch
 SECONDS_AFTER_ERROR = 5  # for which one rank may wait for another that has failed
 
 
@@ -35,6 +36,8 @@ class Processes:
         ]
         for process in self.processes:
             process.start()
+        for _ in self.processes:
+            self.results.get(timeout=SECONDS_TO_START)
 
     def run(self, world_size, function, *args):
         """``function(group, *args)`` of the first ``world_size`` processes -> results by rank.
@@ -75,9 +78,10 @@ def _serve(rank, world_size, path, inbox, results):
     torch.utils.deterministic.fill_uninitialized_memory = True
     dist.init_process_group(
         "gloo", init_method=f"file://{path}", rank=rank, world_size=world_size,
-        timeout=timedelta(seconds=SECONDS),
+        timeout=timedelta(seconds=SECONDS_TO_START),
     )  # fmt: skip
     groups = {n: dist.new_group(range(n)) for n in range(1, world_size + 1)}
+    results.put(rank)  # it is there
     while (task := inbox.get()) is not None:
         n, function, args = pickle.loads(task)
         torch.manual_seed(rank)
