@@ -98,7 +98,7 @@ def radius(function, rho, learner=None):
     return float(rho)
 
 
-def check_reachable(function, rho, n, candidates):
+def check_reachable(function, rho, n, candidates, hint=""):
     """Raise for a radius that no softmax over ``n`` candidates reaches."""
     # Not rho >= log(n), as n may be symbolic; log(n) itself is to raise.
     if n <= math.exp(min(rho, 700.0)) * (1 + 1e-12):
@@ -106,7 +106,7 @@ def check_reachable(function, rho, n, candidates):
             f"{function}: rho must be below log({n}) = {math.log(n):.4g}, the largest KL from "
             f"uniform of a softmax over {n} {candidates}, got {rho}: no temperature meets it, and "
             "all would fall to tau_min; choose it near the mean kl that return_stats=True shows at "
-            "a temperature of your liking"
+            f"a temperature of your liking{hint}"
         )
 
 

@@ -18,6 +18,7 @@ from torchtitan.models.common.linear import Linear
 from torchtitan.protocols.module import Module, Sequential
 from torchtitan.protocols.sharding import ShardingConfig
 
+from tempnet_kernels.core.checks import check_reachable
 from tempnet_kernels.nn import TemperatureStats, TempNet
 from tempnet_kernels.ops.linear_dro_cross_entropy import loss_and_temperatures
 
@@ -169,6 +170,7 @@ class TempNetLoss(ChunkedLossWrapper):
                 f"TempNetLoss: lm_head must be a TempNetLinear, got {type(lm_head).__name__}: set "
                 "config.model_spec = add_tempnet(config.model_spec) after every other converter"
             )
+        check_reachable("TempNetLoss", self.options["rho"], lm_head.tempnet.vocab_size, "columns")
         self.lm_head = lm_head
 
     def __call__(self, pred, labels, global_valid_tokens=None, **kwargs):

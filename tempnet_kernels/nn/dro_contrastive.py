@@ -301,7 +301,8 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
 
     def _check_rho(self, pairs):
         if self.training and METHODS[self.method].learns and pairs > 1:
-            check_reachable("RobustContrastiveLoss", self.rho, pairs - 1, "negatives")
+            hint = "; leave out a last batch that is too small (drop_last=True)"
+            check_reachable("RobustContrastiveLoss", self.rho, pairs - 1, "negatives", hint)
 
     def _meet(self, image, text, image_ids, text_ids, update):
         """The ranks that share the batch; None for one process."""

@@ -207,6 +207,8 @@ def test_misuse_says_what_to_do(model):
         loss(model(tokens), labels)
     with pytest.raises(TypeError, match=r"got Linear: set config.model_spec = add_tempnet"):
         loss.set_lm_head(build(model_spec()).lm_head)
+    with pytest.raises(ValueError, match=r"TempNetLoss: rho must be below log\(64\) = 4.159"):
+        TempNetLoss.Config(rho=5.0).build(compile_config=None).set_lm_head(model.lm_head)
     with pytest.raises(RuntimeError, match=r"temperature_stats needs a call"):
         model.lm_head.temperature_stats()
     with pytest.raises(ValueError, match=r"width 32, got shape \(2, 16, 64\).*_skip_lm_head"):
