@@ -6,6 +6,7 @@ formula and the peers; with "profile" where its time goes. The result is checked
 """
 
 import functools
+import math
 import time
 from collections import defaultdict
 from statistics import median
@@ -98,9 +99,10 @@ def contrastive_module_call(b, d, dtype):
         f"{side}_temp_gen": ContrastiveTempNet(d, seed=i)
         for i, side in enumerate(("image", "text"))
     }
-    modules = {"tempnet": RobustContrastiveLoss(2 * b, 0.8, 7.0, **nets)}
+    rho = 0.8 * math.log(b - 1)  # 7.2 of 8192 pairs
+    modules = {"tempnet": RobustContrastiveLoss(2 * b, 0.8, rho, **nets)}
     modules |= {
-        f"ours, {name}": RobustContrastiveLoss(2 * b, 0.8, 7.0, method=name)
+        f"ours, {name}": RobustContrastiveLoss(2 * b, 0.8, rho, method=name)
         for name in ("sogclr", "isogclr")
     }
 
