@@ -60,8 +60,9 @@ class Config:
     tempnet_lr: float = 1e-3
     weight_decay: float = 0.1
     gamma: float = 0.8
-    # In nats. The KL of B - 1 negatives is at most log(B - 1), 4.84 here: with a larger rho every
-    # temperature only falls. Chosen on 1,000 of the training names, where 2 is as good as 3.
+    # In nats. The KL of B - 1 negatives is at most log(B - 1), 4.84 here: a larger rho, at which
+    # every temperature would only fall, is refused. Chosen on 1,000 of the training names, where 2
+    # is as good as 3.
     rho: float = 3.0
     tau: float = 0.07  # sogclr's; clip and isogclr begin with it
     tau_min: float = 0.01

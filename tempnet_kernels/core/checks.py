@@ -2,6 +2,7 @@
 
 import functools
 import math
+import numbers
 
 import torch
 
@@ -83,43 +84,53 @@ def temperature_bounds(function, tau_min, tau_max):
         )
 
 
-def radius(function, rho, learner=None):
+# Where a radius is to be read off, by what the softmax is over.
+_KL_SHOWN_BY = {
+    "columns": "the mean kl that dro_cross_entropy(..., return_stats=True) shows",
+    "negatives": "the mean kl_image and kl_text that dro_contrastive(..., return_stats=True) shows",
+}
+
+
+def radius(function, rho, learner=None, over="columns"):
     """``rho`` as a float. ``learner``: what learns from it, for which it must be given."""
     if rho is None:
         if learner is None:
             return 0.0  # it adds rho * tau, a constant
         raise ValueError(
             f"{function}: rho must be given where {learner} learns: a temperature falls while the "
-            "KL of its softmax from uniform is below rho, and rises above it; choose rho near the "
-            "mean kl that return_stats=True shows at a temperature of your liking"
+            "KL of its softmax from uniform is below rho, and rises above it; choose rho near "
+            f"{_KL_SHOWN_BY[over]} at a temperature of your liking"
         )
+    if not isinstance(rho, numbers.Real):
+        raise TypeError(f"{function}: rho must be a number, got {type(rho).__name__}")
     if not 0 <= rho < math.inf:
         raise ValueError(f"{function}: rho must be a finite number >= 0, got {rho}")
     return float(rho)
 
 
-def check_reachable(function, rho, n, candidates, hint=""):
-    """Raise for a radius that no softmax over ``n`` candidates reaches."""
+def check_reachable(function, rho, n, over):
+    """Raise for a radius that no softmax over ``n`` columns or negatives reaches."""
     # Not rho >= log(n), as n may be symbolic; log(n) itself is to raise.
     if n <= math.exp(min(rho, 700.0)) * (1 + 1e-12):
+        last = "; leave out a last batch that is too small (drop_last=True)"
         raise ValueError(
             f"{function}: rho must be below log({n}) = {math.log(n):.4g}, the largest KL from "
-            f"uniform of a softmax over {n} {candidates}, got {rho}: no temperature meets it, and "
-            "all would fall to tau_min; choose it near the mean kl that return_stats=True shows at "
-            f"a temperature of your liking{hint}"
+            f"uniform of a softmax over {n} {over}, got {rho}: no temperature meets it, and all "
+            f"would fall to tau_min; choose it near {_KL_SHOWN_BY[over]} at a temperature of your "
+            f"liking{last if over == 'negatives' else ''}"
         )
 
 
-def first_backward(function, ctx):
+def first_backward(function, ctx, instead):
     """Raise in a second backward of a function whose gradient was formed in the forward: the first
-    one scaled it in place."""
+    one scaled it in place. ``instead``: what to do."""
     if torch.compiler.is_compiling():
         return
     if getattr(ctx, "had_backward", False):
         raise RuntimeError(
             f"{function}: a second backward of one loss (retain_graph=True) has no gradient left: "
             "it was formed in the forward and handed out in place. Call backward once, on the sum "
-            "of the losses; call the function again; or pass reduction='none', which makes it anew"
+            f"of the losses; or {instead}"
         )
     ctx.had_backward = True
 

@@ -22,7 +22,7 @@ def outside_graphs(function):
     @functools.wraps(function)
     def call(*args, **kwargs):
         if not disabled:
-            disabled.append(torch.compiler.disable(function))
+            disabled.append(torch.compiler.disable(function, reason="collectives are not compiled"))
         return disabled[0](*args, **kwargs)
 
     return call

@@ -27,7 +27,7 @@ class TempNetVocabParallelCrossEntropy(SharesGroup, TempNetCrossEntropyLoss):
     Args:
         tempnet: a :class:`TempNet` for all V columns of the logits, equal on every rank, or one
             that ``shard(tp_group)`` divided. It is divided in place.
-        rho: KL radius in nats.
+        rho: KL radius in nats, in [0, log V).
         tp_group: the tensor-parallel group, of one rank too.
         options: ``ignore_index``, ``label_smoothing``, ``z_loss`` and ``backend`` of
             :func:`tempnet_kernels.dro_cross_entropy`.
@@ -160,7 +160,8 @@ def apply_tempnet(model, *, rho, tempnet=None, **options):
 
     Args:
         model: a ``GPTModel`` or another ``LanguageModule`` with the last pipeline stage.
-        rho: KL radius in nats; ``log V`` counts the padded vocabulary, ``model.vocab_size``.
+        rho: KL radius in nats, in [0, log V); V counts the padded vocabulary,
+            ``model.vocab_size``.
         tempnet: a :class:`TempNet` for ``model.vocab_size`` columns, of which the first
             data-parallel rank's counts; default ``TempNet(model.vocab_size)``, the same whatever
             the generators' state.

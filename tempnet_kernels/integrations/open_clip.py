@@ -26,7 +26,9 @@ class TempNetClipLoss(RobustContrastiveLoss):
         num_samples: 0 for no state, so that open_clip's own loop, which has no ids, can call it; or
             the number of pairs of the training set, and then ``ids`` must be given.
         options: ``gamma``, ``rho``, ``method``, ``tau``, ``tau_min``, ``tau_max``,
-            ``image_temp_gen``, ``text_temp_gen`` and ``backend`` of ``RobustContrastiveLoss``.
+            ``image_temp_gen``, ``text_temp_gen`` and ``backend`` of ``RobustContrastiveLoss``;
+            ``rho`` must be given for isogclr and tempnet, the default, and be below the log of the
+            negatives, the pairs of all ranks less one.
 
     The TempNets are parameters of this module, not of the model: the optimizer and the checkpoint
     must be given them, and with several processes this module is to be wrapped in

@@ -18,7 +18,7 @@ from torchtitan.models.common.linear import Linear
 from torchtitan.protocols.module import Module, Sequential
 from torchtitan.protocols.sharding import ShardingConfig
 
-from tempnet_kernels.core.checks import check_reachable
+from tempnet_kernels.core.checks import check_reachable, radius
 from tempnet_kernels.nn import TemperatureStats, TempNet
 from tempnet_kernels.ops.linear_dro_cross_entropy import loss_and_temperatures
 
@@ -146,7 +146,7 @@ class TempNetLoss(ChunkedLossWrapper):
     The model must have been through :func:`add_tempnet`.
 
     Config:
-        rho: KL radius in nats.
+        rho: KL radius in nats, in [0, log V).
         label_smoothing, z_loss, chunk_rows, backend: as in ``linear_dro_cross_entropy``.
 
     torch.compile's "loss" component has nothing to compile here.
@@ -162,6 +162,7 @@ class TempNetLoss(ChunkedLossWrapper):
 
     def __init__(self, config, *, compile_config=None):
         self.options = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+        self.options["rho"] = radius("TempNetLoss", self.options["rho"], "a tempnet")
         self.lm_head = None
 
     def set_lm_head(self, lm_head):

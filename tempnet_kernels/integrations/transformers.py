@@ -25,7 +25,7 @@ def apply_tempnet(model, *, rho, tempnet=None, linear=True, freeze_model=False, 
 
     Args:
         model: a causal language model of transformers whose loss is the usual one.
-        rho: KL radius in nats.
+        rho: KL radius in nats, in [0, log V) of the model's V columns.
         tempnet: a :class:`tempnet_kernels.nn.TempNet` for as many columns as the model has logits;
             for a checkpoint that holds one, ``load_tempnet(folder)``. Default: a new one, float32.
         linear: in training mode the loss is computed from the hidden states and the head's weight,
@@ -39,8 +39,9 @@ def apply_tempnet(model, *, rho, tempnet=None, linear=True, freeze_model=False, 
 
     Raises:
         TypeError: the model is wrapped, or is not a causal language model of transformers.
-        ValueError: the TempNet does not fit, there is one already, or another package has replaced
-            the model's forward, head or loss. The message says what to do.
+        ValueError: rho is out of its bounds, the TempNet does not fit, there is one already, or
+            another package has replaced the model's forward, head or loss. The message says what to
+            do.
         RuntimeError: from the model, once it is called: its loss or its logits went past this one.
 
     Source: arXiv 2404.04575.

@@ -146,7 +146,8 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
                 f"got {tau}"
             )
         self.num_samples, self.gamma = num_samples, gamma
-        self.rho = radius(name, rho, f"method {method!r}" if own.learns else None)
+        learner = f"method {method!r}" if own.learns else None
+        self.rho = radius(name, rho, learner, "negatives")
         self.method, self.estimator, self.backend = method, estimator, backend
         self.process_group = process_group
         self.image_temp_gen, self.text_temp_gen = networks
@@ -301,8 +302,7 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
 
     def _check_rho(self, pairs):
         if self.training and METHODS[self.method].learns and pairs > 1:
-            hint = "; leave out a last batch that is too small (drop_last=True)"
-            check_reachable("RobustContrastiveLoss", self.rho, pairs - 1, "negatives", hint)
+            check_reachable("RobustContrastiveLoss", self.rho, pairs - 1, "negatives")
 
     def _meet(self, image, text, image_ids, text_ids, update):
         """The ranks that share the batch; None for one process."""

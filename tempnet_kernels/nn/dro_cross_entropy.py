@@ -81,6 +81,7 @@ class _PredictedTemperatures(nn.Module):
     parameters, and the temperatures of the last batch."""
 
     tempnet: Any  # an nn.Module, maybe wrapped in one
+    options: dict[str, Any]  # of the loss function
 
     def __init__(self, tempnet: nn.Module, rho: float) -> None:
         super().__init__()
@@ -112,6 +113,9 @@ class _PredictedTemperatures(nn.Module):
         low, high = self.tempnet.tau_min, self.tempnet.tau_max
         return TemperatureStats.of(self._tau, low, high, self._live)
 
+    def extra_repr(self) -> str:
+        return ", ".join(f"{k}={v!r}" for k, v in {"rho": self.rho, **self.options}.items())
+
 
 class TempNetCrossEntropyLoss(_PredictedTemperatures):
     """Token loss at the temperatures that ``tempnet`` predicts from the detached logits.
@@ -136,7 +140,7 @@ class TempNetCrossEntropyLoss(_PredictedTemperatures):
                 "TempNetCrossEntropyLoss: process_group is that of the tempnet, set by "
                 "tempnet.shard(process_group)"
             )
-        self.loss = DROCrossEntropyLoss(rho, **options)
+        self.options = DROCrossEntropyLoss(rho, **options).options
 
     def forward(
         self,
@@ -150,10 +154,10 @@ class TempNetCrossEntropyLoss(_PredictedTemperatures):
         ``return_stats``."""
         tau = self.tempnet(logits.detach())
         self._tau = tau.detach()
-        self._live = target != self.loss.options["ignore_index"]
+        self._live = target != self.options["ignore_index"]
         return dro_cross_entropy(
-            logits, target, tau, self.loss.rho, row_weight=row_weight, normalizer=normalizer,
-            process_group=self.process_group, **self.loss.options,
+            logits, target, tau, self.rho, row_weight=row_weight, normalizer=normalizer,
+            process_group=self.process_group, **self.options,
         )  # fmt: skip
 
 

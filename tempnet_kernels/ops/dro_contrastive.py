@@ -209,7 +209,7 @@ def dro_contrastive(
     row_tau = temperatures(name, "tau_image", tau_image, (m,), device, acc)
     text_tau = temperatures(name, "tau_text", tau_text, (m,), device, acc)
     learning = torch.is_grad_enabled() and (row_tau.requires_grad or text_tau.requires_grad)
-    rho = radius(name, rho, "a temperature" if learning else None)
+    rho = radius(name, rho, "a temperature" if learning else None, "negatives")
     log_s_image = log_averages(name, "log_s_image", log_s_image, m, device, acc)
     log_s_text = log_averages(name, "log_s_text", log_s_text, m, device, acc)
     columns, outside = columns_of_pairs(name, positive, m, n, device)

@@ -245,7 +245,8 @@ class DROCrossEntropy(torch.autograd.Function):
     @once_differentiable("dro_cross_entropy")
     def backward(ctx, grad_loss, *_):
         if ctx.want_grad:
-            first_backward("dro_cross_entropy", ctx)
+            instead = "pass reduction='none', which makes it anew in each"
+            first_backward("dro_cross_entropy", ctx, instead)
         wide, target, tau, scale, rows = ctx.saved_tensors
         if grad_loss is None:
             return (None,) * 9

@@ -127,8 +127,8 @@ def linear_dro_cross_entropy(
             head, ``(W1 weight) h``, at the cost of width D for V.
         tau: without a TempNet, the temperature: a number, a 0-d tensor or one of the target's
             shape, which gets a gradient.
-        rho: KL radius >= 0 in nats, as in :func:`tempnet_kernels.dro_cross_entropy`; with a tempnet
-            it must be given.
+        rho: KL radius >= 0 in nats, as in :func:`tempnet_kernels.dro_cross_entropy`: it must be
+            given where ``tau`` or a parameter of the tempnet wants a gradient.
         row_weight, normalizer, ignore_index, label_smoothing, z_loss, reduction: as in
             :func:`tempnet_kernels.dro_cross_entropy`.
         bias: ``[V]`` of the same dtype; -inf switches a column off.
@@ -175,7 +175,8 @@ def loss_and_temperatures(hidden, weight, target, tempnet, **options):
     """(the public function's result, temperatures of the target's shape)."""
     if tempnet is None:
         return _loss(hidden, weight, target, None, **options)
-    if not hasattr(tempnet, "kernel_parameters"):
+    # Of the type: FSDP1 has the attributes of what it wraps, and would be gone around.
+    if not hasattr(type(tempnet), "kernel_parameters"):
         raise TypeError(
             f"linear_dro_cross_entropy: tempnet must be a TempNet, got {type(tempnet).__name__}"
         )
@@ -220,9 +221,7 @@ def _loss(
         return torch.is_grad_enabled() and x is not None and x.requires_grad
 
     tensors, keep, bounds, center, fold = [], None, (0.0, 0.0), False, False
-    learner = "tau" if wanted(rows_tau) else None
     if tempnet is not None:
-        learner = "a tempnet"
         tensors = tempnet.kernel_parameters(acc)
         keep = tempnet.dropout_factors((n, tensors[1].shape[0]), device, acc)
         bounds, center = (tempnet.tau_min, tempnet.tau_max), tempnet.center == "max"
@@ -238,6 +237,7 @@ def _loss(
         drop_ignored = device.type == "cpu"
     if group is not None and device.type == "cpu":
         check_same_on_every_rank(name, group, v, d, n, chunk_rows, *wants)
+    learner = "a tempnet" if wants.tempnet else "tau" if wanted(rows_tau) else None
     options = LinearOptions(
         radius(name, rho, learner), ignore_index, float(label_smoothing), float(z_loss),
         float(softcap or 0), *bounds, center, fold, chunk_rows, drop_ignored,
@@ -309,7 +309,8 @@ class _LinearDROCrossEntropy(torch.autograd.Function):
     @once_differentiable("linear_dro_cross_entropy")
     def backward(ctx, grad_loss, *_):
         if any(ctx.wants) and not ctx.each_row:
-            first_backward("linear_dro_cross_entropy", ctx)
+            instead = "pass reduction='none', which makes it anew in each"
+            first_backward("linear_dro_cross_entropy", ctx, instead)
         rows, scale, *grads = ctx.saved_tensors
         needed = ctx.needs_input_grad
         if grad_loss is None:

@@ -50,6 +50,18 @@ def optimal_temperature(
 ) -> tuple[torch.Tensor, SolverStats]: ...
 
 
+@overload
+def optimal_temperature(
+    logits: torch.Tensor,
+    rho: float | torch.Tensor,
+    tau_min: float,
+    tau_max: float,
+    *,
+    return_stats: bool,
+    backend: Backend = ...,
+) -> torch.Tensor | tuple[torch.Tensor, SolverStats]: ...
+
+
 def optimal_temperature(
     logits: torch.Tensor,
     rho: float | torch.Tensor,

@@ -89,7 +89,8 @@ class DROCrossEntropyOverwrite(torch.autograd.Function):
                 "dro_cross_entropy: the logits were used after overwrite_logits=True put their "
                 "gradient in them; use them before the loss, or pass overwrite_logits=False"
             )
-        first_backward("dro_cross_entropy", ctx)
+        instead = "pass overwrite_logits=False and reduction='none', which makes it anew in each"
+        first_backward("dro_cross_entropy", ctx, instead)
         base, scale, rows = ctx.saved_tensors
         if grad_loss is None:
             return (None,) * 10

@@ -16,7 +16,7 @@ from tempnet_kernels.triton.online_softmax import (
     weighted_exponent,
 )
 
-STATE = 3  # fields of a row, as in tempnet_kernels/tempered_softmax.py
+STATE = 3  # fields of a row, as in tempnet_kernels/ops/tempered_softmax.py
 ONE_PASS_COLUMNS = {"forward": 32768, "backward": 8192}  # the backward holds two streams
 LANE = tl.constexpr(8)  # columns of a thread's online step: their maximum needs no other thread
 

@@ -224,6 +224,7 @@ def test_wrong_width_is_named():
         (100, 1.0, TypeError, r"tempnet must be a module .*TempNet\(vocab_size\) is, got int"),
         (TempNet(V), None, ValueError, "rho must be given where a tempnet learns"),
         (TempNet(V), math.nan, ValueError, "rho must be a finite number >= 0, got nan"),
+        (TempNet(V), "8", TypeError, "rho must be a number, got str"),
         (TempNet(V), -0.5, ValueError, "rho must be a finite number >= 0, got -0.5"),
         (
             TempNet(V),
@@ -236,6 +237,16 @@ def test_wrong_width_is_named():
 def test_misuse_of_the_loss_says_what_to_do(tempnet, rho, error, message):
     with pytest.raises(error, match=f"TempNetCrossEntropyLoss: {message}"):
         TempNetCrossEntropyLoss(tempnet, rho)
+
+
+def test_rho_may_be_changed_in_the_course_of_a_training():
+    loss_fn = TempNetCrossEntropyLoss(make().eval(), 1.0)
+    logits, target = torch.randn(4, V), torch.arange(4)
+    before = loss_fn(logits, target)
+    loss_fn.rho = 2.0
+    mean = loss_fn.temperature_stats().mean
+    torch.testing.assert_close(loss_fn(logits, target), before + mean)
+    assert "rho=2.0" in repr(loss_fn)
 
 
 def test_the_loss_without_a_network_is_cross_entropy_at_rho_log_v():

@@ -31,11 +31,13 @@ def token_losses(x: torch.Tensor, target: torch.Tensor, asked: bool) -> None:
     linear_dro_cross_entropy(x, x, target, overwrite_logits=True)  # type: ignore[call-overload]
 
 
-def others(x: torch.Tensor) -> None:
+def others(x: torch.Tensor, asked: bool) -> None:
     assert_type(dro_contrastive(x, x, 0.1, 0.1), torch.Tensor)
     _, stats = dro_contrastive(x, x, x, x, 1.0, gamma=0.8, return_stats=True)
     assert_type(stats, ContrastiveStats)
     assert_type(optimal_temperature(x, 1.0, 0.1, 2.0), torch.Tensor)
     assert_type(optimal_temperature(x, x, 0.1, 2.0, return_stats=True)[1], SolverStats)
+    either = optimal_temperature(x, 1.0, 0.1, 2.0, return_stats=asked)
+    assert_type(either, torch.Tensor | tuple[torch.Tensor, SolverStats])
     assert_type(tempered_softmax(x, 0.5), torch.Tensor)
     assert_type(load_tempnet("folder"), TempNet)

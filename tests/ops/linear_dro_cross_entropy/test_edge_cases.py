@@ -140,6 +140,31 @@ def test_wrong_arguments_are_named(kind, error, words, device):
         linear_dro_cross_entropy(**arguments)
 
 
+def test_a_wrapped_network_is_not_gone_around(device):
+    """As FSDP1 and torch.compile wrap it: with the attributes of what is inside."""
+
+    class Wrapper(torch.nn.Module):
+        def __init__(self, module):
+            super().__init__()
+            self.module = module
+
+        def __getattr__(self, name):
+            own = super().__getattr__
+            return own(name) if name == "module" else getattr(own("module"), name)
+
+    hidden, weight, target, net = make(device)
+    with pytest.raises(TypeError, match="tempnet must be a TempNet, got Wrapper"):
+        linear_dro_cross_entropy(hidden, weight, target, tempnet=Wrapper(net), rho=1.0)
+
+
+def test_rho_may_be_left_out_of_an_evaluation(device):
+    hidden, weight, target, net = make(device)
+    with torch.no_grad():
+        loss = linear_dro_cross_entropy(hidden, weight, target, tempnet=net.eval())
+        expected = linear_dro_cross_entropy(hidden, weight, target, tempnet=net, rho=0.0)
+    assert torch.equal(loss, expected)
+
+
 @pytest.mark.parametrize("bad", [torch.nan, 1e6])
 def test_a_large_weight_of_a_row_leaves_the_other_hidden_gradients(backend, bad, device):
     """float16 too, whose gradients are multiplied in the backward."""
