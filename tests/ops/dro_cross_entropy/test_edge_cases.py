@@ -335,14 +335,15 @@ def test_sum_of_fp16_does_not_overflow(backend, device):
 
 def test_fp16_gradients_are_not_flushed_by_the_mean(backend, device):
     n = 4096
-    logits = torch.zeros(n, 32, device=device, dtype=torch.float16)
-    target = torch.zeros(n, dtype=torch.int64, device=device)
+    # A row takes 20 ms in Triton's interpreter: fewer of them, over the same normaliser.
+    interpreted = backend == "triton" and device == "cpu"
+    count, options = (64, {"normalizer": n}) if interpreted else (n, {})
+    logits = torch.zeros(count, 32, device=device, dtype=torch.float16)
+    target = torch.zeros(count, dtype=torch.int64, device=device)
     upstream = torch.tensor(65536.0, device=device)  # a usual loss scale
-    _, grad, _ = run(logits, target, upstream=upstream, backend=backend)
-    exact = 65536.0 / (32 * n)
-    torch.testing.assert_close(
-        grad[:, 1:].double(), torch.full((n, 31), exact, device=device).double(), rtol=2e-3, atol=0
-    )
+    _, grad, _ = run(logits, target, upstream=upstream, backend=backend, **options)
+    exact = torch.full((count, 31), 65536.0 / (32 * n), device=device).double()
+    torch.testing.assert_close(grad[:, 1:].double(), exact, rtol=2e-3, atol=0)
 
 
 def test_gradient_of_one_confident_row_in_bf16(backend, device):
