@@ -158,6 +158,16 @@ class Retrieval(nn.Module):
 # Training.
 
 
+def check_rho(config):
+    """The loss refuses a rho that no softmax over the negatives of a batch reaches."""
+    least = math.floor(math.exp(config.rho)) + 2
+    if config.method in (Method.isogclr, Method.tempnet) and 1 < config.batch < least:
+        raise Refused(
+            f"--batch must be at least {least} for --method {config.method}, with rho "
+            f"{config.rho} below the log of its negatives, got {config.batch}"
+        )
+
+
 def folder_of(config, out):
     return out / config.data / config.method / str(config.seed)
 
@@ -355,6 +365,8 @@ def main(
         for one_method in (Method if method is None else [method])
     ]  # fmt: skip
     # All before the first is trained: what is refused is refused at once.
+    for config in configs:
+        check_rho(config)
     unfinished = [c for c in configs if not is_finished(folder_of(c, out), c, resume, overwrite)]
     for config in unfinished:
         trainer = Trainer(config, out)

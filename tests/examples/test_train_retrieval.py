@@ -324,6 +324,7 @@ def test_finished_runs_are_kept(own_out, monkeypatch):
         (("--seeds", 0), "--seeds must be at least 1"),
         (("--device", "nowhere"), "--device nowhere is not there"),
         (("--batch", 1), r"--batch must be in \[2, \d+\], the training pairs, got 1"),
+        (("--batch", 21), "--batch must be at least 22 for --method isogclr, with rho 3.0 below"),
         (("--batch", 10**6), r"--batch must be in \[2, \d+\]"),
     ],
 )
