@@ -7,6 +7,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
+from tempnet_kernels.chunked.dro_cross_entropy import columns_of
 from tempnet_kernels.core.checks import check_reachable, radius
 from tempnet_kernels.core.collectives import SharesGroup
 from tempnet_kernels.core.register import Backend
@@ -93,11 +94,17 @@ class _PredictedTemperatures(nn.Module):
             )
         self.tempnet = tempnet
         self.rho = radius(name, rho, "a tempnet")
+        # At once, where the network says its size; and in every forward, since rho may be changed.
         vocab_size = getattr(getattr(tempnet, "module", tempnet), "vocab_size", None)
         if vocab_size is not None:
             check_reachable(name, self.rho, vocab_size, "columns")
         self._tau = None
         self._live = None
+
+    def _check_rho(self, columns):
+        """Of this rank's number of columns."""
+        vocab_size = columns_of(columns, self.process_group)[1]
+        check_reachable(type(self).__name__, self.rho, vocab_size, "columns")
 
     @property
     def process_group(self) -> "dist.ProcessGroup | None":
@@ -152,6 +159,7 @@ class TempNetCrossEntropyLoss(_PredictedTemperatures):
     ) -> torch.Tensor | tuple[torch.Tensor, TokenStats]:
         """logits ``[..., V]``, target ``[...]`` -> the loss, or ``(loss, TokenStats)`` with
         ``return_stats``."""
+        self._check_rho(logits.shape[-1])
         tau = self.tempnet(logits.detach())
         self._tau = tau.detach()
         self._live = target != self.options["ignore_index"]
@@ -236,6 +244,7 @@ class TempNetCausalLMLoss(_PredictedTemperatures):
         options["process_group"] = self.process_group
         if weight is None:
             self._check_logits(inputs)
+            self._check_rho(inputs.shape[-1])
             tau = self.tempnet(inputs.detach())
             loss = dro_cross_entropy(inputs, target, tau, **options)
         else:

@@ -249,6 +249,16 @@ def test_rho_may_be_changed_in_the_course_of_a_training():
     assert "rho=2.0" in repr(loss_fn)
 
 
+def test_a_network_that_does_not_say_its_size_and_a_rho_that_was_changed_are_bounded():
+    logits, target = torch.randn(4, V), torch.arange(4)
+    unsized = torch.nn.Sequential(torch.nn.Linear(V, 1), torch.nn.Sigmoid(), torch.nn.Flatten(0))
+    later = TempNetCrossEntropyLoss(make(), 1.0)
+    later.rho = 5.0
+    for loss_fn in (TempNetCrossEntropyLoss(unsized, 5.0), later):
+        with pytest.raises(ValueError, match=r"rho must be below log\(50\) = 3.912"):
+            loss_fn(logits, target)
+
+
 def test_the_loss_without_a_network_is_cross_entropy_at_rho_log_v():
     logits, target = torch.randn(4, V), torch.arange(4)
     loss = DROCrossEntropyLoss(math.log(V))(logits, target)
