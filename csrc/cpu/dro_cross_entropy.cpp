@@ -16,15 +16,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr const char* kName = "dro_cross_entropy";
-struct Target {
-  const void* data;
-  int64_t stride;
-  bool wide;
-  int64_t operator[](int64_t i) const {
-    return wide ? static_cast<const int64_t*>(data)[i * stride]
-                : static_cast<const int32_t*>(data)[i * stride];
-  }
-};
 
 template <class Z, class T>
 struct Args {
@@ -239,8 +230,7 @@ Args<Z, T> state_args(const Tensor& logits, const Tensor& target, const Tensor& 
   Args<Z, T> args = shape_args<Z, T>(logits);
   args.logits = static_cast<const Z*>(logits.const_data_ptr());
   args.logits_stride = logits.stride(0);
-  args.target = {target.const_data_ptr(), target.stride(0),
-                 target.scalar_type() == ScalarType::Long};
+  args.target = target_of(target);
   args.tau = strided<T>(tau);
   args.ignore_index = ignore_index;
   args.begin = begin;

@@ -110,6 +110,22 @@ Strided<const T> strided(const torch::stable::Tensor& tensor) {
   return {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0)};
 }
 
+// A column of class indices.
+struct Target {
+  const void* data;
+  int64_t stride;
+  bool wide;
+  int64_t operator[](int64_t i) const {
+    return wide ? static_cast<const int64_t*>(data)[i * stride]
+                : static_cast<const int32_t*>(data)[i * stride];
+  }
+};
+
+inline Target target_of(const torch::stable::Tensor& tensor) {
+  return {tensor.const_data_ptr(), tensor.stride(0),
+          tensor.scalar_type() == torch::headeronly::ScalarType::Long};
+}
+
 // Rows::run over rows of v columns on all threads.
 template <class Rows, class Args>
 void run_parallel(const Args& args, int64_t n, int64_t v) {

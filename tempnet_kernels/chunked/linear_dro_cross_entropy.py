@@ -208,12 +208,18 @@ def linear_dro_cross_entropy_fwd(
     ignore_index, softcap = options.ignore_index, options.softcap
     check_target(target, columns_of(v, group)[1], ignore_index, "linear_dro_cross_entropy")
 
-    loss, rows = scale.new_zeros(n), scale.new_full((TokenRow.FIELDS, n), torch.nan)
-    rows[TokenRow.LOSS], rows[TokenRow.GRAD_TAU] = 0, 0
-    argmax = target.new_full((n if want_argmax else 0,), -1, dtype=torch.int64)
-    taus = scale.new_full((n,), torch.nan)
-    grad_hidden = hidden.new_zeros((n if want.hidden else 0, d))
-    grad_weight = weight.new_zeros((v if want.weight else 0, d), dtype=acc)
+    live = target != ignore_index
+    index = None
+    if options.drop_ignored and live.all():
+        live = None
+    elif options.drop_ignored:
+        index = live.nonzero()[:, 0]
+    count = n if index is None else index.numel()
+    # Every one of its rows is written, but for those that are left out.
+    new = hidden.new_empty if index is None else hidden.new_zeros
+    grad_hidden = new((n if want.hidden else 0, d))
+    new = weight.new_empty if count else weight.new_zeros
+    grad_weight = new((v if want.weight else 0, d), dtype=acc)
     grad_bias = weight.new_zeros(v if want.bias else 0, dtype=acc)
     net = None
     if tempnet:
@@ -221,14 +227,10 @@ def linear_dro_cross_entropy_fwd(
         net = kind(backend, tempnet, options, weight, bias, want.w1, acc, group)
     ratio = scale / unit_of(scale) if hidden.dtype == torch.float16 else None
 
-    live = target != ignore_index
-    index = live.nonzero()[:, 0] if options.drop_ignored else None
-    if index is not None and index.numel() == n:
-        index = live = None
-    count = n if index is None else index.numel()
     chunk_rows = min(options.chunk_rows, count)
     buffer = hidden.new_empty(chunk_rows * v)
     tanh = hidden.new_empty(buffer.shape if softcap and want.logits else 0)
+    of_chunks = []
     for i in range(0, count, max(1, chunk_rows)):
         r = slice(i, i + chunk_rows) if index is None else index[i : i + chunk_rows]
         h, y, s = hidden[r], target[r], scale[r]
@@ -254,9 +256,7 @@ def linear_dro_cross_entropy_fwd(
         )
         if want.logits and softcap:
             torch.ops.aten.tanh_backward(z, capped, grad_input=z)
-        loss[r], rows[:, r], taus[r] = row_loss, row, t
-        if want_argmax:
-            argmax[r] = row_argmax
+        of_chunks.append((row_loss, row, row_argmax, t if net else scale.new_empty(0)))
         if want.hidden and index is None:
             torch.mm(z, weight, out=grad_hidden[r])
         elif want.hidden:
@@ -264,7 +264,7 @@ def linear_dro_cross_entropy_fwd(
         if ratio is not None and (want.weight or want.bias):  # float16: c p - q, not scaled
             _op("scale_rows_", backend)(z, ratio[r])
         if want.weight:
-            add_product(grad_weight, z.T, h)
+            add_product(grad_weight, z.T, h, fresh=i == 0)
         if want.bias:
             grad_bias += z.sum(0, dtype=acc)
         if want.tempnet:
@@ -274,9 +274,24 @@ def linear_dro_cross_entropy_fwd(
     buffer = tanh = z = capped = None  # their memory is the gradient of W1's now
     if want.hidden:
         all_sum_(grad_hidden, group)
-    if live is not None:
+    if index is None and of_chunks:
+        loss, rows, argmax, taus = (_cat(parts) for parts in zip(*of_chunks, strict=True))
+    else:  # of the rows that were left out, what a kernel says of ignored ones
+        loss, rows = scale.new_zeros(n), scale.new_full((TokenRow.FIELDS, n), torch.nan)
+        rows[TokenRow.LOSS], rows[TokenRow.GRAD_TAU] = 0, 0
+        argmax = target.new_full((n if want_argmax else 0,), -1, dtype=torch.int64)
+        taus = scale.new_full((n if net else 0,), torch.nan)
+        whole = loss, rows, argmax, taus
+        for to, *parts in zip(whole, *of_chunks, strict=True) if of_chunks else ():
+            if to.numel():
+                to.index_copy_(-1, index, _cat(parts))
+    if live is not None and net:
         taus.masked_fill_(~live, torch.nan)
     grads_tempnet = net.gradients() if want.tempnet else []
     if hidden.dtype != torch.float16:  # there p / N underflows until the loss scale multiplies it
         grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
     return loss, rows, argmax, taus, grad_hidden, grad_weight, grad_bias, grads_tempnet
+
+
+def _cat(parts):
+    return parts[0] if len(parts) == 1 or not parts[0].numel() else torch.cat(parts, -1)

@@ -37,8 +37,12 @@ def unit_columns(rows):
 def check_target(target, vocab_size, ignore_index, function="dro_cross_entropy"):
     """Raise IndexError for the first bad row of a target on the CPU; on a GPU that would wait for
     it."""
-    if target.device.type != "cpu":
+    if target.device.type != "cpu" or not target.numel():
         return
+    if not torch.compiler.is_compiling():
+        least, most = (int(x) for x in torch.aminmax(target))
+        if 0 <= least and most < vocab_size:
+            return
     bad = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
     if bad.any():
         row = int(bad.nonzero()[0])
@@ -155,7 +159,8 @@ def temperatures(function, argument, tau, shape, device, dtype):
         check_like(function, argument, tau, (), device)
         return tau.to(dtype).expand(n)
     check_like(function, argument, tau, shape, device)
-    return tau.to(dtype).reshape(-1)
+    tau = tau.to(dtype)
+    return tau if tau.dim() == 1 else tau.reshape(-1)
 
 
 def once_differentiable(function):

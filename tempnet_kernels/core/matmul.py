@@ -26,9 +26,11 @@ def multiply(a, b, out):
     return torch.mm(a, b, out_dtype=out.dtype, out=out)
 
 
-def add_product(out, a, b):
-    """out += a b in the dtype of ``out``."""
-    if a.dtype == out.dtype:  # not addmm_, which torch's flop counter does not know
+def add_product(out, a, b, fresh=False):
+    """out += a b in the dtype of ``out``; out := a b where it is ``fresh``, not written yet."""
+    if fresh and (a.dtype == out.dtype or out.device.type in WIDE_PRODUCTS):
+        multiply(a, b, out)
+    elif a.dtype == out.dtype:  # not addmm_, which torch's flop counter does not know
         torch.addmm(out, a, b, out=out)
     elif out.device.type in WIDE_PRODUCTS:
         torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
@@ -37,7 +39,10 @@ def add_product(out, a, b):
         step = max(1, COPY_BYTES // (a.shape[1] * out.itemsize))
         for i in range(0, a.shape[0], step):
             r = slice(i, i + step)
-            torch.addmm(out[r], a[r].to(out.dtype), b, out=out[r])
+            if fresh:
+                torch.mm(a[r].to(out.dtype), b, out=out[r])
+            else:
+                torch.addmm(out[r], a[r].to(out.dtype), b, out=out[r])
 
 
 def unit_of(scale):

@@ -27,6 +27,7 @@ _BUILD = "`pip install -e .` in the repository"
 
 _library = torch.library.Library("tempnet", "DEF")
 _modules: dict[str, str] = {}
+_operators: dict[tuple[str, str], torch._ops.OpOverload] = {}
 
 
 def define(schema, fake, module, chunked=False):
@@ -89,7 +90,10 @@ def _lazy(name, module, *first):
 
 def operator(name, backend):
     """The overload of ``backend``."""
-    return getattr(getattr(torch.ops.tempnet, name), backend)
+    found = _operators.get((name, backend))
+    if found is None:
+        found = _operators[name, backend] = getattr(getattr(torch.ops.tempnet, name), backend)
+    return found
 
 
 def library(device):

@@ -19,6 +19,7 @@ from typing_extensions import Unpack
 
 from tempnet_kernels.chunked.dro_cross_entropy import columns_of, sharded_fwd
 from tempnet_kernels.core import register
+from tempnet_kernels.core.autograd import apply
 from tempnet_kernels.core.checks import (
     check_has_float64,
     first_backward,
@@ -31,8 +32,7 @@ from tempnet_kernels.core.collectives import outside_graphs, several
 from tempnet_kernels.core.fields import TokenOptions, TokenPart, TokenRow, accumulation_dtype
 from tempnet_kernels.core.register import Backend
 from tempnet_kernels.ops.overwrite import (
-    DROCrossEntropyOverwrite,
-    overwrite_across_ranks,
+    overwrite,
     row_gradients,
     scale_saved_gradient,
     storage_to_overwrite,
@@ -42,6 +42,7 @@ from tempnet_kernels.ops.token_rows import (
     TokenKeywords,
     TokenStats,
     check_arguments,
+    reduced,
     row_scale,
     token_stats,
 )
@@ -177,35 +178,36 @@ def dro_cross_entropy(
     chosen = register.pick(name, "dro_cross_entropy_fwd", backend, logits.device)
     check_has_float64(name, "logits", logits, chosen)
 
-    rows_target = target.reshape(-1)  # (N,)
+    rows_target = target if target.dim() == 1 else target.reshape(-1)  # (N,)
     n = rows_target.shape[0]
     rows_tau = temperatures(name, "tau", tau, tuple(target.shape), logits.device, acc)  # (N,)
     scale, total = row_scale(
-        rows_target, row_weight, normalizer, ignore_index, reduction, acc
-    )  # (N,), 0-d or None
+        rows_target, row_weight, normalizer, ignore_index, reduction, acc, chosen
+    )  # (N,), (1,) or None
 
     learner = "tau" if torch.is_grad_enabled() and rows_tau.requires_grad else None
     options = TokenOptions(
         radius(name, rho, learner), ignore_index, float(label_smoothing), float(z_loss)
     )
     track = torch.is_grad_enabled() and logits.requires_grad
+    each_row = reduction == "none"
     if overwrite_logits and track:
         base, stride = storage_to_overwrite(name, logits, reduction)
-        apply = DROCrossEntropyOverwrite.apply if group is None else overwrite_across_ranks
-        loss, rows, argmax, _ = apply(
-            base, rows_target, rows_tau, scale, options, v, stride, return_stats, group, chosen
-        )
+        loss, rows, argmax, _ = overwrite(
+            base, rows_target, rows_tau, scale, total, options, v, stride, return_stats, group,
+            chosen,
+        )  # fmt: skip
     else:
-        flat = unit_columns(logits.reshape(n, v))
-        want_grad = track and reduction != "none"
-        apply = DROCrossEntropy.apply if group is None else _apply_across_ranks
-        loss, rows, argmax, _ = apply(
-            flat, rows_target, rows_tau, scale, options, want_grad, return_stats, group, chosen
-        )
+        flat = unit_columns(logits if logits.dim() == 2 else logits.reshape(n, v))
+        want_grad = track and not each_row
+        args = rows_target, rows_tau, scale, total, options, each_row, want_grad, return_stats
+        if group is None:
+            loss, rows, argmax, _ = apply(DROCrossEntropy, flat, *args, group, chosen)
+        else:
+            loss, rows, argmax, _ = _apply_across_ranks(flat, *args, group, chosen)
 
-    loss = loss.reshape(target.shape) if reduction == "none" else loss.sum()
-    if total is not None:
-        loss = loss + 0 / total.detach()  # the mean over nothing is NaN
+    if each_row:
+        loss = loss.reshape(target.shape)
     if not return_stats:
         return loss
     return loss, token_stats(rows, argmax, rows_tau, vocab_size, target.shape)
@@ -215,23 +217,26 @@ _op = register.operator
 
 
 class DROCrossEntropy(torch.autograd.Function):
-    """(logits [N, V], tau [N], scale [N]) -> scale * loss [N], and rows and argmax without a
-    gradient. With ``group``, of several processes, the logits are this rank's columns."""
+    """(logits [N, V], tau [N], scale [N]) -> the sum of scale * loss, or with ``each_row`` those
+    [N]; and rows and argmax without a gradient. With ``group``, of several processes, the logits
+    are this rank's columns."""
 
     @staticmethod
-    def forward(logits, target, tau, scale, options, want_grad, want_argmax, group, backend):
+    def forward(
+        logits, target, tau, scale, total, options, each_row, want_grad, want_argmax, group, backend
+    ):
+        args = logits, target, tau, scale
         if group is not None:
-            loss, rows, argmax = sharded_fwd(
-                backend, logits, target, tau, scale, options, group, want_argmax
-            )
-            return loss, rows, argmax, logits.new_empty((0, logits.shape[1]))
-        fwd = _op("dro_cross_entropy_fwd", backend)
-        grad, loss, rows, argmax = fwd(logits, target, tau, scale, *options, want_grad, want_argmax)
-        return loss, rows, argmax, grad
+            loss, rows, argmax = sharded_fwd(backend, *args, options, group, want_argmax)
+            grad = logits.new_empty((0, logits.shape[1]))
+        else:
+            fwd = _op("dro_cross_entropy_fwd", backend)
+            grad, loss, rows, argmax = fwd(*args, *options, want_grad, want_argmax)
+        return reduced(loss, total, each_row, backend), rows, argmax, grad
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        logits, target, tau, scale, ctx.options, want_grad, _, ctx.group, ctx.backend = inputs
+        logits, target, tau, scale, _, ctx.options, _, want_grad, _, ctx.group, ctx.backend = inputs
         ctx.want_grad = want_grad and ctx.group is None
         _, rows, argmax, grad = output
         ctx.mark_non_differentiable(rows, argmax, grad)
@@ -249,7 +254,7 @@ class DROCrossEntropy(torch.autograd.Function):
             first_backward("dro_cross_entropy", ctx, instead)
         wide, target, tau, scale, rows = ctx.saved_tensors
         if grad_loss is None:
-            return (None,) * 9
+            return (None,) * 11
         grad_logits = None
         if ctx.needs_input_grad[0] and ctx.want_grad:
             grad_logits = wide
@@ -260,7 +265,7 @@ class DROCrossEntropy(torch.autograd.Function):
                 *columns_of(wide.shape[1], ctx.group),
             )  # fmt: skip
         grad_tau, grad_scale = row_gradients(ctx, grad_loss, rows)
-        return (grad_logits, None, grad_tau, grad_scale) + (None,) * 5
+        return (grad_logits, None, grad_tau, grad_scale) + (None,) * 7
 
 
 _apply_across_ranks = outside_graphs(DROCrossEntropy.apply)

@@ -17,6 +17,7 @@ from typing_extensions import Unpack
 from tempnet_kernels.chunked import linear_dro_cross_entropy as chunked
 from tempnet_kernels.chunked.dro_cross_entropy import columns_of
 from tempnet_kernels.core import register
+from tempnet_kernels.core.autograd import apply
 from tempnet_kernels.core.checks import (
     check_floats,
     check_has_float64,
@@ -41,6 +42,7 @@ from tempnet_kernels.ops.token_rows import (
     Reduction,
     TokenStats,
     check_arguments,
+    reduced,
     row_scale,
     token_stats,
 )
@@ -215,7 +217,9 @@ def _loss(
     rows_target = target.reshape(-1)  # (N,)
     n = rows_target.shape[0]
     rows_tau = temperatures(name, "tau", tau, tuple(target.shape), device, acc)  # (N,)
-    scale, total = row_scale(rows_target, row_weight, normalizer, ignore_index, reduction, acc)
+    scale, total = row_scale(
+        rows_target, row_weight, normalizer, ignore_index, reduction, acc, chosen
+    )  # (N,), (1,) or None
 
     def wanted(x):
         return torch.is_grad_enabled() and x is not None and x.requires_grad
@@ -242,15 +246,18 @@ def _loss(
         radius(name, rho, learner), ignore_index, float(label_smoothing), float(z_loss),
         float(softcap or 0), *bounds, center, fold, chunk_rows, drop_ignored,
     )  # fmt: skip
-    apply = _LinearDROCrossEntropy.apply if group is None else _apply_across_ranks
-    loss, rows, argmax, taus, *_ = apply(
-        flat, weight, bias, rows_tau, scale, rows_target, keep, options, wants, return_stats,
-        reduction == "none", chosen, group, *tensors,
+    each_row = reduction == "none"
+    args = (
+        flat, weight, bias, rows_tau, scale, rows_target, total, keep, options, wants, return_stats,
+        each_row, chosen, group, *tensors,
     )  # fmt: skip
-    if reduction == "none":
+    if group is None:
+        loss, rows, argmax, taus, *_ = apply(_LinearDROCrossEntropy, *args)
+    else:
+        loss, rows, argmax, taus, *_ = _apply_across_ranks(*args)
+    taus = rows_tau.detach() if tempnet is None else taus
+    if each_row:
         loss = loss.reshape(target.shape)
-    if total is not None:
-        loss = loss + 0 / total.detach()  # the mean over nothing is NaN
     if return_stats:
         loss = loss, token_stats(rows, argmax, taus, columns_of(v, group)[1], target.shape)
     return loss, taus.reshape(target.shape)
@@ -271,7 +278,7 @@ def _fwd(backend, group, *args):
         return chunked.linear_dro_cross_entropy_fwd(backend, *args, group=group)
 
 
-_TEMPNET = 13  # where the TempNet's parameters begin in the arguments of the Function
+_TEMPNET = 14  # where the TempNet's parameters begin in the arguments of the Function
 
 
 class _LinearDROCrossEntropy(torch.autograd.Function):
@@ -280,8 +287,8 @@ class _LinearDROCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        hidden, weight, bias, tau, scale, target, keep, options, wants, want_argmax, each_row,
-        backend, group, *tempnet,
+        hidden, weight, bias, tau, scale, target, total, keep, options, wants, want_argmax,
+        each_row, backend, group, *tempnet,
     ):  # fmt: skip
         # The gradients of each row's loss are made in the backward, which knows their factors.
         now = [wanted and not each_row for wanted in wants]
@@ -289,13 +296,14 @@ class _LinearDROCrossEntropy(torch.autograd.Function):
             backend, group, hidden, weight, bias, target, tau, scale, list(tempnet), keep, now,
             want_argmax, *options,
         )  # fmt: skip
-        return loss if each_row else loss.sum(), rows, argmax, taus, *grads, *grads_tempnet
+        value = reduced(loss, total, each_row, backend)
+        return value, rows, argmax, taus, *grads, *grads_tempnet
 
     @staticmethod
     def setup_context(ctx, inputs, output):
         (
-            hidden, weight, bias, tau, scale, target, keep, ctx.options, ctx.wants, _, ctx.each_row,
-            ctx.backend, ctx.group, *tempnet,
+            hidden, weight, bias, tau, scale, target, _, keep, ctx.options, ctx.wants, _,
+            ctx.each_row, ctx.backend, ctx.group, *tempnet,
         ) = inputs  # fmt: skip
         _, rows, argmax, taus, *grads = output
         ctx.mark_non_differentiable(rows, argmax, taus, *grads)
@@ -371,7 +379,7 @@ def _fake_fwd(
         scale.new_empty(n),
         scale.new_empty((TokenRow.FIELDS, n)),
         target.new_empty(n if want_argmax else 0, dtype=torch.int64),
-        scale.new_empty(n),
+        scale.new_empty(n if tempnet else 0),
         hidden.new_empty((n if want.hidden else 0, d)),
         weight.new_empty((v if want.weight else 0, d), dtype=grad_dtype),
         weight.new_empty(v if want.bias else 0, dtype=grad_dtype),
@@ -388,9 +396,9 @@ register.define(
 # hidden [N, D], weight [V, D], bias [V] of one dtype; target, tau (not read with a TempNet) and
 # scale [N] as in dro_cross_entropy_fwd. tempnet: W1 [H, V], b1, W2, b2, scaler, last.weight,
 # last.bias, or nothing; keep: [N, H] dropout factors. wants: LinearWants. Returns
-# scale * loss [N], rows [6, N], argmax, the temperatures [N] (NaN in ignored rows), and the
-# gradients; for float16 that of hidden lacks the factor scale of its row, those of weight and bias
-# the factor unit_of(scale). The TempNet's are in the accumulation dtype.
+# scale * loss [N], rows [6, N], argmax, the TempNet's temperatures [N] (NaN in ignored rows), and
+# the gradients; for float16 that of hidden lacks the factor scale of its row, those of weight and
+# bias the factor unit_of(scale). The TempNet's are in the accumulation dtype.
 register.define(
     "linear_dro_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, "
     "Tensor tau, Tensor scale, Tensor[] tempnet, Tensor? keep, bool[] wants, bool want_argmax, "

@@ -4,9 +4,11 @@ import torch
 
 from tempnet_kernels.chunked.dro_cross_entropy import sharded_fwd_
 from tempnet_kernels.core import register
+from tempnet_kernels.core.autograd import apply
 from tempnet_kernels.core.checks import first_backward, once_differentiable
 from tempnet_kernels.core.collectives import outside_graphs
 from tempnet_kernels.core.fields import TokenRow
+from tempnet_kernels.ops.token_rows import reduced
 
 _op = register.operator
 
@@ -58,7 +60,7 @@ class DROCrossEntropyOverwrite(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(base, target, tau, scale, options, v, stride, want_argmax, group, backend):
+    def forward(base, target, tau, scale, total, options, v, stride, want_argmax, group, backend):
         rows_of_base = base.view(-1, stride)
         args = rows_of_base[:, :v], target, tau, scale
         if group is None:
@@ -69,11 +71,11 @@ class DROCrossEntropyOverwrite(torch.autograd.Function):
             loss, rows, argmax = sharded_fwd_(backend, *args, options, group, want_argmax)
         if v < stride:
             rows_of_base[:, v:].zero_()  # the padding has no gradient
-        return loss, rows, argmax, base
+        return reduced(loss, total, False, backend), rows, argmax, base
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, _, _, scale, _, ctx.v, ctx.stride, _, _, ctx.backend = inputs
+        _, _, _, scale, _, _, ctx.v, ctx.stride, _, _, ctx.backend = inputs
         _, rows, argmax, base = output
         ctx.mark_dirty(base)
         ctx.mark_non_differentiable(rows, argmax)
@@ -93,20 +95,29 @@ class DROCrossEntropyOverwrite(torch.autograd.Function):
         first_backward("dro_cross_entropy", ctx, instead)
         base, scale, rows = ctx.saved_tensors
         if grad_loss is None:
-            return (None,) * 10
+            return (None,) * 11
         logits = base.view(-1, ctx.stride)[:, : ctx.v]
         scale_saved_gradient(logits, grad_loss, scale, ctx.backend)
         grad_tau, grad_scale = row_gradients(ctx, grad_loss, rows)
-        return (base, None, grad_tau, grad_scale) + (None,) * 6
+        return (base, None, grad_tau, grad_scale) + (None,) * 7
 
 
-overwrite_across_ranks = outside_graphs(DROCrossEntropyOverwrite.apply)
+_apply_across_ranks = outside_graphs(DROCrossEntropyOverwrite.apply)
+
+
+def overwrite(*args):
+    """:class:`DROCrossEntropyOverwrite` of its arguments, of which the last but one is the
+    group."""
+    if args[-2] is None:
+        return apply(DROCrossEntropyOverwrite, *args)
+    return _apply_across_ranks(*args)
 
 
 def scale_saved_gradient(grad, grad_loss, scale, backend):
-    if grad.dtype == torch.float16:
-        grad_loss = grad_loss * scale
-    _op("scale_rows_", backend)(grad, grad_loss)
+    """grad_loss is 0-d."""
+    n = scale.shape[0]
+    by = grad_loss * scale if grad.dtype == torch.float16 else grad_loss.expand(n)
+    _op("scale_rows_", backend)(grad, by)
 
 
 def row_gradients(ctx, grad_loss, rows):

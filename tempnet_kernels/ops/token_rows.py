@@ -6,7 +6,8 @@ from typing import Literal, NamedTuple, TypedDict
 import torch
 import torch.distributed as dist
 
-from tempnet_kernels.core.checks import check_like, check_rows
+from tempnet_kernels.core import register
+from tempnet_kernels.core.checks import check_like, check_rows, once_differentiable
 from tempnet_kernels.core.fields import TokenRow
 from tempnet_kernels.core.register import Backend
 
@@ -96,34 +97,73 @@ def check_arguments(
         raise ValueError(f"{name}: z_loss must be finite and >= 0, got {z_loss}")
 
 
-def row_scale(target, row_weight, normalizer, ignore_index, reduction, acc):
-    """(scale [N], the sum it was divided by or None): a scale holds the row's weight and the
+_op = register.operator
+
+
+def row_scale(target, row_weight, normalizer, ignore_index, reduction, acc, backend):
+    """(scale [N], the sum it was divided by, [1], or None): a scale holds the row's weight and the
     normaliser."""
-    n = target.shape[0]
-    weight = None
-    if row_weight is not None:
-        # The weight of an ignored row may be anything, NaN too.
-        weight = torch.where(target != ignore_index, row_weight.to(acc).reshape(-1), 0)
-    if reduction != "mean":
-        return (target.new_ones((), dtype=acc).expand(n) if weight is None else weight), None
-    if normalizer is not None:
-        # Filled on the device: copying a number there would wait for it.
-        total = (
-            normalizer.to(acc)
-            if isinstance(normalizer, torch.Tensor)
-            else torch.full((), normalizer, dtype=acc, device=target.device)
-        )
-    elif weight is None:
-        total = (target != ignore_index).sum(dtype=acc)
-        # Where it is 0 there is no row to divide. On a GPU every small kernel saved counts.
-        return total.clamp(min=1).reciprocal().expand(n), total
+    n, mean = target.shape[0], reduction == "mean"
+    if row_weight is None and not mean:
+        return torch.ones((), dtype=acc, device=target.device).expand(n), None
+    weight = None if row_weight is None else row_weight.to(acc).reshape(-1)
+    divisor = -1.0
+    if isinstance(normalizer, torch.Tensor):
+        normalizer = normalizer.to(acc).reshape(1)
+    elif normalizer is not None:
+        normalizer, divisor = None, float(normalizer)
+    args = target, normalizer, divisor, ignore_index, mean, acc == torch.float64, backend
+    if weight is not None and weight.requires_grad and torch.is_grad_enabled():
+        scale, total = _RowScale.apply(weight, *args)
     else:
-        total = weight.sum()
-    empty = total == 0
-    # Divide by 1 where the sum is 0: a 0/0 in the branch not taken would reach the weights'
-    # gradient as NaN.
-    inverse = torch.where(empty, 0, 1 / torch.where(empty, 1, total))
-    return (inverse.expand(n) if weight is None else weight * inverse), total
+        scale, total = _scale(weight, *args)
+    return (scale.expand(n) if weight is None else scale), (total if mean else None)
+
+
+def _scale(weight, target, normalizer, divisor, ignore_index, mean, wide, backend):
+    fwd = _op("row_scale", backend)
+    return fwd(target, weight, normalizer, divisor, ignore_index, mean, wide)
+
+
+class _RowScale(torch.autograd.Function):
+    """weight [N] -> the scale [N]; and without a gradient what it was divided by."""
+
+    @staticmethod
+    def forward(weight, *args):
+        return _scale(weight, *args)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, target, normalizer, divisor, ctx.ignore_index, ctx.mean, _, _ = inputs
+        ctx.is_sum = normalizer is None and divisor < 0  # that the weights are divided by
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(target, *output)
+
+    @staticmethod
+    @once_differentiable("row_weight")
+    def backward(ctx, grad_scale, _):
+        target, scale, total = ctx.saved_tensors
+        if grad_scale is None:
+            return (None,) * 8
+        grad = grad_scale
+        if ctx.mean:
+            if ctx.is_sum:
+                # A row of weight 0 may have a loss of NaN.
+                grad = grad - torch.where(scale == 0, 0, grad * scale).sum()
+            grad = torch.where(total == 0, 0, grad / total)
+        grad = torch.where(target != ctx.ignore_index, grad, 0)
+        return (grad,) + (None,) * 7
+
+
+def reduced(loss, total, each_row, backend):
+    """The rows' losses ``[N]`` times their scale as what a loss function returns: themselves or
+    their sum, NaN where ``total`` is 0, the mean over nothing."""
+    if each_row:
+        return loss
+    if total is None:
+        return loss.sum()
+    return _op("sum_rows", backend)(loss, total)
 
 
 def token_stats(rows, argmax, tau, vocab_size, shape):
@@ -134,3 +174,28 @@ def token_stats(rows, argmax, tau, vocab_size, shape):
     tau = torch.where(none, torch.nan, tau.detach())
     per_row = (lse, rows[TokenRow.ENTROPY], kl, rows[TokenRow.LOG_PROB], argmax, tau)
     return TokenStats(*(value.reshape(shape) for value in per_row))
+
+
+def _fake_row_scale(target, weight, normalizer, divisor, ignore_index, mean, wide):
+    acc = torch.float64 if wide else torch.float32
+    n = 1 if weight is None else target.shape[0]
+    return target.new_empty(n, dtype=acc), target.new_empty(1, dtype=acc)
+
+
+# What every row's loss and gradients are multiplied with. target [N] int32 or int64; weight [N] and
+# normalizer [1] in the accumulation dtype, float64 where wide. With mean the weights (1 without) of
+# the rows that are not ignored are divided by the normalizer, the divisor (negative for none) or
+# their sum, and are 0 where that is 0. Returns the scales [N], or [1] without weights, of ignored
+# rows 0; and what they were divided by, [1].
+register.define(
+    "row_scale(Tensor target, Tensor? weight, Tensor? normalizer, float divisor, "
+    "int ignore_index, bool mean, bool wide) -> (Tensor, Tensor)",
+    _fake_row_scale,
+    "token_rows",
+)
+# The sum (0-d) of rows [N]; NaN where total [1] is 0.
+register.define(
+    "sum_rows(Tensor rows, Tensor? total) -> Tensor",
+    lambda rows, total: rows.new_empty(()),
+    "token_rows",
+)

@@ -54,5 +54,5 @@ def linear_dro_cross_entropy_fwd(
             rows[TokenRow.GRAD_TAU] * (tau_max - tau_min), saved, p, keep
         )
         grads = [grad_pre.T @ x if want.w1 else x.new_empty((0, 0)), *grads]
-    taus = torch.where(live, tau, torch.nan)
+    taus = torch.where(live, tau, torch.nan) if tempnet else scale.new_empty(0)
     return loss, rows, argmax, taus, grad_hidden, grad_weight, grad_bias, grads

@@ -17,6 +17,7 @@ from tempnet_kernels.triton import dro_cross_entropy as token
 from tempnet_kernels.triton import linear_dro_cross_entropy as linear
 from tempnet_kernels.triton import optimal_temperature as temperature
 from tempnet_kernels.triton import tempered_softmax as softmax
+from tempnet_kernels.triton import token_rows
 
 VOCABULARIES = (32000, 50304, 128256, 262144, 50257)
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
@@ -26,7 +27,7 @@ POINTERS = {
     "mask_ptr": "*i1", "iterations_ptr": "*i32",
     "out_ptr": "*{dtype}", "upstream_ptr": "*{dtype}",
 }  # the others: *fp32  # fmt: skip
-FLOATS = ("rho", "log_v", "label_smoothing", "z_loss", "tau_min", "tau_max")
+FLOATS = ("divisor", "rho", "log_v", "label_smoothing", "z_loss", "tau_min", "tau_max")
 ONES = ("target_stride", "tau_stride", "scale_stride", "rho_stride")
 # Multiples of 16 where the launch is aligned.
 ALIGNED = (
@@ -50,6 +51,15 @@ def token_loss():
                 yield f"V={v}", token.stats_kernel, flags, num_warps, *end
             for kernel in (token.bwd_kernel, token.scale_kernel):
                 yield f"V={v}", kernel, {"BLOCK": token.ELEMENTWISE_BLOCK}, 8, *end
+
+
+def rows_of_tokens():
+    for weight, normalizer in product((False, True), (False, True)):
+        flags = {"HAS_WEIGHT": weight, "HAS_NORMALIZER": normalizer, "SUMS": not normalizer}
+        flags |= {"MEAN": True, "BLOCK": token_rows.BLOCK}
+        yield "N", token_rows.scale_kernel, flags, token_rows.NUM_WARPS, "fp32", False
+        flags = {"GUARDED": weight, "BLOCK": token_rows.BLOCK}
+        yield "N", token_rows.sum_kernel, flags, token_rows.NUM_WARPS, "fp32", False
 
 
 def optimal_temperature():
@@ -121,6 +131,12 @@ def source(kernel, constexprs, dtype, aligned):
     return ASTSource(kernel, signature, constexprs, attributes)
 
 
+# Kernels without an exponential.
+WITHOUT = (
+    token.scale_kernel, linear.moments_kernel, token_rows.scale_kernel, token_rows.sum_kernel,
+)  # fmt: skip
+
+
 def resources(cubin):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -150,7 +166,7 @@ def compile_one(target, kernel, constexprs, num_warps, dtype, aligned):
     return {
         "registers": registers,
         "spills": local + stack,
-        "exponentials": exponentials or kernel in (token.scale_kernel, linear.moments_kernel),
+        "exponentials": exponentials or kernel in WITHOUT,
         "clamped_exponentials": bounded,
         "exact_divisions": len(re.findall(r"div\.rn\.f32", ptx)),
         "approximate_divisions": len(re.findall(r"(?:div\.(?:full|approx)|rcp\.approx)", ptx)),
@@ -161,7 +177,8 @@ def compile_one(target, kernel, constexprs, num_warps, dtype, aligned):
 def main(architecture):
     target = GPUTarget("cuda", architecture, 32)
     report, seen = [], {}
-    for op in (token_loss, contrastive_loss, linear_loss, tempered_softmax, optimal_temperature):
+    ops = token_loss, contrastive_loss, linear_loss, tempered_softmax, optimal_temperature
+    for op in (*ops, rows_of_tokens):
         for shape, kernel, constexprs, *rest in op():
             # Only a shape that changes what is compiled is compiled again.
             key = (kernel.fn.__name__, *constexprs.values(), *rest)

@@ -15,6 +15,7 @@ from tempnet_kernels.triton import dro_cross_entropy as token
 from tempnet_kernels.triton import linear_dro_cross_entropy as linear
 from tempnet_kernels.triton import optimal_temperature as temperature
 from tempnet_kernels.triton import tempered_softmax as softmax
+from tempnet_kernels.triton import token_rows
 
 # (rows, columns, row stride). Past 2^31 offsets and strides are 64-bit; 16385 is odd and takes two
 # visits, or a row of registers.
@@ -64,6 +65,11 @@ def of_logits(n, v, stride, dtype, per_row, index):
             token.dro_cross_entropy_bwd_(logits, *args)
         linear.row_moments(logits, extras)
         token.scale_rows_(logits, per_row)
+        for normalizer in (None, empty(1)):
+            token_rows.row_scale(
+                target[:n], per_row if extras else None, normalizer, -1.0, options[0], True, False
+            )
+        token_rows.sum_rows(per_row, empty(1) if extras else None)
         _, rows = softmax.tempered_softmax_fwd(logits, per_row, extras)
         for want, upstream in ((False, logits), (True, empty(1, v, dtype=dtype).expand(n, v))):
             softmax.tempered_softmax_bwd(logits, per_row, rows, upstream, extras, want)

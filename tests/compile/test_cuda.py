@@ -115,6 +115,14 @@ def test_kernels_of_the_optimal_temperature_do_not_spill(compiled, architecture)
         assert (registers <= 64, spilled) == (True, 0), (kernel, arguments, registers)
 
 
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_around_the_token_loss_do_not_spill(compiled, architecture):
+    kernels = compiled["token_rows", architecture]
+    assert len({kernel for kernel, *_ in kernels}) == 2
+    for kernel, arguments, registers, spilled in kernels:
+        assert (registers <= 64, spilled) == (True, 0), (kernel, arguments, registers)
+
+
 # A program with a CUDA runtime of its own, whose last error is that of a call that has failed.
 RUNTIME = """
 #include <cuda_runtime_api.h>

@@ -10,6 +10,7 @@
 #include "cuda/linear_dro_cross_entropy.cuh"
 #include "cuda/optimal_temperature.cuh"
 #include "cuda/tempered_softmax.cuh"
+#include "cuda/token_rows.cuh"
 #include "faults.h"
 
 namespace tempnet {
@@ -222,6 +223,21 @@ PYBIND11_MODULE(cuda_emulator, module) {
   module.def("scale", [](const std::string& dtype, const py::dict& params) {
     for_dtype(dtype,
               [&](auto zero) { device::launch_scale<decltype(zero)>(params_from(params), 1, 0); });
+  });
+  module.def("row_scale", [](const py::dict& d) {
+    token_rows::launch_scale(
+        {d["n"].cast<int64_t>(), pointer<void>(d, "target"), d["target_stride"].cast<int64_t>(),
+         d["wide_target"].cast<bool>(), d["weighted"].cast<bool>(), pointer<float>(d, "weight"),
+         d["weight_stride"].cast<int64_t>(), pointer<float>(d, "normalizer"),
+         d["divisor"].cast<float>(), d["ignore_index"].cast<int64_t>(), d["mean"].cast<bool>(),
+         pointer<float>(d, "scale"), pointer<float>(d, "total")},
+        0);
+  });
+  module.def("sum_rows", [](const py::dict& d) {
+    token_rows::launch_sum(
+        {d["n"].cast<int64_t>(), pointer<float>(d, "rows"), d["stride"].cast<int64_t>(),
+         pointer<float>(d, "total"), pointer<float>(d, "sum")},
+        0);
   });
   module.def("row_moments", [](const std::string& dtype, const py::dict& d, bool center) {
     const linear::Params params{d["n"].cast<int64_t>(), d["v"].cast<int>(),

@@ -156,6 +156,30 @@ class Operators:
         params |= {"begin": begin, "vocab_size": vocab_size}
         self.module.backward(_name(logits), params)
 
+    def row_scale(self, target, weight, normalizer, divisor, ignore_index, mean, wide):
+        assert not wide
+        # Called before the autograd function, where torch.func's transforms wrap new tensors.
+        with torch._C._DisableFuncTorch():
+            scale = torch.full((1 if weight is None else target.shape[0],), torch.nan)
+            total = torch.full((1,), torch.nan)
+        self.module.row_scale({
+            "n": target.shape[0], "target": target.data_ptr(), "target_stride": target.stride(0),
+            "wide_target": target.dtype == torch.int64, "weight": _address(weight),
+            "weighted": weight is not None,
+            "weight_stride": 0 if weight is None else weight.stride(0),
+            "normalizer": _address(normalizer), "divisor": divisor, "ignore_index": ignore_index,
+            "mean": mean, "scale": scale.data_ptr(), "total": total.data_ptr(),
+        })  # fmt: skip
+        return scale, total
+
+    def sum_rows(self, rows, total):
+        value = torch.full((), torch.nan)
+        self.module.sum_rows({
+            "n": rows.shape[0], "rows": rows.data_ptr(), "stride": rows.stride(0),
+            "total": _address(total), "sum": value.data_ptr(),
+        })  # fmt: skip
+        return value
+
     def row_moments(self, logits, center):
         n, v = logits.shape
         moments = torch.full((4, n), torch.nan)
@@ -273,9 +297,19 @@ class TemperatureOperators:
 
 # {op: (what stands for its operators, the modules that call them)}
 OPERATORS = {
-    "dro_cross_entropy": (Operators, "ops.dro_cross_entropy", "ops.overwrite"),
-    "linear_dro_cross_entropy": (Operators, "chunked.linear_dro_cross_entropy"),
+    "dro_cross_entropy": (
+        Operators,
+        "ops.dro_cross_entropy",
+        "ops.overwrite",
+        "ops.token_rows",
+    ),
+    "linear_dro_cross_entropy": (
+        Operators,
+        "chunked.linear_dro_cross_entropy",
+        "ops.token_rows",
+    ),
     "dro_contrastive": (ContrastiveOperators, "chunked.dro_contrastive"),
+    "token_rows": (Operators, "ops.token_rows"),
     "tempered_softmax": (SoftmaxOperators, "ops.tempered_softmax"),
     "optimal_temperature": (TemperatureOperators, "ops.optimal_temperature"),
 }
@@ -288,6 +322,10 @@ def install(monkeypatch, op, **plan):
     for caller in callers:
         monkeypatch.setattr(f"tempnet_kernels.{caller}._op", operators)
     return operators
+
+
+def _address(tensor):
+    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _name(tensor):

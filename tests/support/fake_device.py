@@ -77,7 +77,7 @@ def operator(name, backend):
     return getattr(getattr(torch.ops.tempnet, name), backend)
 
 
-def add_product(out, a, b):
+def add_product(out, a, b, fresh=False):
     """The fake of addmm with out_dtype is missing in torch 2.11."""
     assert a.dtype == b.dtype and (out.shape, out.dim()) == ((a.shape[0], b.shape[1]), 2)
     out.add_(1)

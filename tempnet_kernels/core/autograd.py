@@ -1,0 +1,14 @@
+"""Calls of autograd functions."""
+
+import torch
+
+_unwrap_if_dead = torch._C._functorch.unwrap_if_dead
+
+
+def apply(function, *args):
+    """``function.apply(*args)``. torch's own binds the arguments to the signature of ``forward``
+    anew in every call, for defaults that there may be, which takes longer than a small loss."""
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return function.apply(*args)
+    args = [_unwrap_if_dead(x) if isinstance(x, torch.Tensor) else x for x in args]
+    return super(torch.autograd.Function, function).apply(*args)
