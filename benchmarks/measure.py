@@ -39,14 +39,14 @@ def time_ms(function):
     return elapsed
 
 
-def time_in_turn(benchmark, ours, variants, rounds, **info):
-    """Times ``variants``, {name: function}, round by round, so that a drift of the machine meets
-    all of them; ``ours`` is the one that pytest-benchmark shows. Times and ``info`` go into the
-    JSON."""
+def time_in_turn(benchmark, ours, variants, rounds, clock=time_ms, **info):
+    """Times ``variants``, {name: function}, by ``clock`` round by round, so that a drift of the
+    machine meets all of them; ``ours`` is the one that pytest-benchmark shows. Times and ``info``
+    go into the JSON."""
     times = {name: [] for name in variants}
 
     def once(name):
-        times[name].append(time_ms(variants[name]))
+        times[name].append(clock(variants[name]))
 
     def others():
         for name in variants:
@@ -55,7 +55,9 @@ def time_in_turn(benchmark, ours, variants, rounds, **info):
 
     benchmark.pedantic(lambda: once(ours), setup=others, rounds=rounds, warmup_rounds=1)
     benchmark.extra_info.update(
-        environment=environment(), time_ms={name: t[1:] for name, t in times.items()}, **info
+        environment=environment(),
+        **{clock.__name__: {name: t[1:] for name, t in times.items()}},
+        **info,
     )
 
 

@@ -54,6 +54,19 @@ def table(info):
     return "\n".join(lines)
 
 
+def overhead_table(info):
+    """Launches and time of every call of one shape."""
+    shape = " x ".join(map(str, info["shape"]))
+    lines = [f"\n**{info['op']}, {shape}**\n", "| | launches | median us | min to max |"]
+    lines.append("| --- | ---: | ---: | ---: |")
+    for name, times in info["time_us"].items():
+        lines.append(
+            f"| {name} | {info['launches'][name]} | {median(times):.4g} | "
+            f"{min(times):.4g} to {max(times):.4g} |"
+        )
+    return "\n".join(lines)
+
+
 def contrastive_picture(infos, path):
     """Time and peak memory against the batch, at the first width and dtype."""
     infos = [x for x in infos if (x["d"], x["dtype"]) == (infos[0]["d"], infos[0]["dtype"])]
@@ -98,7 +111,8 @@ def main(path: Annotated[Path, typer.Argument(help="JSON written by pytest-bench
     """Write FILE.md and a picture of every operator beside FILE.json, and print the tables."""
     infos = [b["extra_info"] for b in json.loads(path.read_text())["benchmarks"]]
     environment = ", ".join(f"{k} {v}" for k, v in infos[0]["environment"].items())
-    text = "\n".join([environment, *map(table, infos)]) + "\n"
+    tables = (overhead_table(x) if "launches" in x else table(x) for x in infos)
+    text = "\n".join([environment, *tables]) + "\n"
     path.with_suffix(".md").write_text(text)
     for op, draw in (
         ("dro_cross_entropy", rows_picture),

@@ -41,7 +41,7 @@ def check_target(target, vocab_size, ignore_index, function="dro_cross_entropy")
         return
     if not torch.compiler.is_compiling():
         least, most = (int(x) for x in torch.aminmax(target))
-        if 0 <= least and most < vocab_size:
+        if least >= 0 and most < vocab_size:
             return
     bad = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
     if bad.any():

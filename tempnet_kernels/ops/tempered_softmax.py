@@ -16,6 +16,7 @@ maximum or sum.
 import torch
 
 from tempnet_kernels.core import register
+from tempnet_kernels.core.autograd import apply
 from tempnet_kernels.core.checks import (
     check_has_float64,
     check_rows,
@@ -91,9 +92,11 @@ def _softmax(name, logits, tau, log, backend):
     shape = tuple(logits.shape[:-1])
     acc = accumulation_dtype(logits.dtype)
     rows_tau = temperatures(name, "tau", tau, shape, logits.device, acc)  # (N,)
-    flat = logits.reshape(rows_tau.shape[0], logits.shape[-1])  # (N, V)
-    output, _ = _TemperedSoftmax.apply(unit_columns(flat), rows_tau, log, chosen)
-    return output.reshape(logits.shape)
+    flat = logits
+    if logits.dim() != 2:
+        flat = logits.reshape(rows_tau.shape[0], logits.shape[-1])  # (N, V)
+    output, _ = apply(_TemperedSoftmax, unit_columns(flat), rows_tau, log, chosen)
+    return output if logits.dim() == 2 else output.reshape(logits.shape)
 
 
 _op = register.operator
