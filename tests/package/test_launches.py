@@ -9,8 +9,8 @@ CHUNKS = 8
 MOST = {
     "dro_cross_entropy": 6,
     "DROCrossEntropyLoss": 6,
-    "tempered_softmax": 5,
-    "tempered_log_softmax": 5,
+    "tempered_softmax": 6,
+    "tempered_log_softmax": 6,
     "optimal_temperature": 2,
     "linear_dro_cross_entropy": 12 + 5,
     "linear_dro_cross_entropy, 8 chunks": 12 + 5 * CHUNKS,
