@@ -5,7 +5,9 @@
 
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <tuple>
+#include <vector>
 
 #include "row_reduce.h"
 
@@ -38,7 +40,11 @@ struct Args {
   bool held(int64_t y) const { return y >= begin && y < begin + v; }
 };
 
-// The state of a row of v columns.
+// The columns of a row that one thread reduces where rows are fewer than threads. Rows are always
+// reduced by these slices, so that a result does not depend on the number of either.
+constexpr int64_t kSlice = 4 * kBlock;
+
+// The state of some columns of a row.
 template <class T>
 struct RowSums {
   RowState<T> state;
@@ -47,19 +53,36 @@ struct RowSums {
   int64_t argmax_block = 0;  // the first column of the block that holds the largest logit
 };
 
+// Adds the next `width` columns, `before` of which have been added.
+template <class T>
+TEMPNET_INLINE void add(RowSums<T>& sums, const RowSums<T>& next, int64_t before, int64_t width) {
+  if (next.zmax > sums.zmax) {
+    sums.argmax_block = next.argmax_block;
+    sums.zmax = next.zmax;
+  }
+  const RowState<T> merged = merge(sums.state, next.state);
+  sums.su += T(before) * (sums.state.m - merged.m) + next.su + T(width) * (next.state.m - merged.m);
+  sums.state = merged;
+}
+
+// Of columns [begin, begin + count).
+template <bool kFma, class Z, class T>
+TEMPNET_INLINE RowSums<T> reduce_slice(const Z* z, int64_t begin, int64_t count, T a) {
+  RowSums<T> sums;
+  for (int64_t j = 0; j < count; j += kBlock) {
+    const int64_t width = std::min(kBlock, count - j);
+    const Block<T> block = reduce_block<kFma>(z + begin + j, width, a);
+    add(sums, {block.state, block.zmax, block.su, begin + j}, j, width);
+  }
+  return sums;
+}
+
 template <bool kFma, class Z, class T>
 TEMPNET_INLINE RowSums<T> reduce_row(const Z* z, int64_t v, T a) {
   RowSums<T> sums;
-  for (int64_t j = 0; j < v; j += kBlock) {
-    const int64_t count = std::min(kBlock, v - j);
-    const Block<T> block = reduce_block<kFma>(z + j, count, a);
-    if (block.zmax > sums.zmax) {
-      sums.argmax_block = j;
-      sums.zmax = block.zmax;
-    }
-    const RowState<T> merged = merge(sums.state, block.state);
-    sums.su += T(j) * (sums.state.m - merged.m) + block.su + T(count) * (block.state.m - merged.m);
-    sums.state = merged;
+  for (int64_t j = 0; j < v; j += kSlice) {
+    const int64_t width = std::min(kSlice, v - j);
+    add(sums, reduce_slice<kFma>(z, j, width, a), j, width);
   }
   return sums;
 }
@@ -72,76 +95,164 @@ TEMPNET_INLINE int64_t argmax_of(const Z* z, const RowSums<T>& sums) {
   return j;
 }
 
-// grad_j = scale * (c p_j - q_j), with p_j = 2^u_j / s. grad may be z; y is the target's column, or
-// negative where it is another process's.
+// What the gradient of a row is made of: grad_j = scale * (c p_j - q_j), with p_j = 2^u_j / s.
+template <class T>
+struct RowWeights {
+  T a, m, inverse_s, c, scale;
+};
+
+// Of columns [begin, end). grad may be z; y is the target's column, or another where it is not
+// among them.
 template <bool kFma, class Z, class T>
-TEMPNET_INLINE void write_gradient(const Args<Z, T>& args, const Z* z, Z* grad, int64_t y, T a, T m,
-                                   T inverse_s, T c, T scale) {
-  const int64_t v = args.v;
+TEMPNET_INLINE void write_gradient(const Args<Z, T>& args, const Z* z, Z* grad, int64_t y,
+                                   const RowWeights<T>& row, int64_t begin, int64_t end) {
+  const auto [a, m, inverse_s, c, scale] = row;
   const T label_smoothing = args.options.label_smoothing, vocab_size = T(args.vocab_size);
   const T factor = scale * c * inverse_s;
   const T uniform = scale * label_smoothing / vocab_size;
   // In fp32 before it is rounded to the gradient's type: p_y - 1 cancels.
-  const T p_y = y < 0 ? T(0) : weight<kFma>(load(z[y]), a, m) * inverse_s;
+  const bool is_held = y >= begin && y < end;
+  const T p_y = is_held ? weight<kFma>(load(z[y]), a, m) * inverse_s : T(0);
   const T grad_y = scale * ((c * p_y - 1) + label_smoothing * (1 - 1 / vocab_size));
 #pragma omp simd
-  for (int64_t j = 0; j < v; ++j) {
+  for (int64_t j = begin; j < end; ++j) {
     grad[j] = store<Z>(weight<kFma>(load(z[j]), a, m) * factor - uniform);
   }
-  if (y >= 0) grad[y] = store<Z>(grad_y);
+  if (is_held) grad[y] = store<Z>(grad_y);
+}
+
+// The results of a row that is not read, if it is one: it is ignored, or its temperature is none.
+template <class Z, class T>
+TEMPNET_INLINE bool finish_unread(const Args<Z, T>& args, int64_t i) {
+  const T nan = std::numeric_limits<T>::quiet_NaN(), infinity = std::numeric_limits<T>::infinity();
+  const T tau = args.tau[i], scale = args.scale[i];
+  const bool ignored = args.target[i] == args.ignore_index;
+  if (!ignored && tau > 0 && tau < infinity) return false;
+  const int64_t n = args.n;
+  T* rows = args.rows + i;
+  const T value = ignored ? T(0) : nan, scaled = scale == 0 ? T(0) : value;
+  args.loss[i] = rows[kGradTau * n] = scaled;
+  rows[kLoss * n] = value;
+  for (int field = kM; field < kRowFields; ++field) rows[field * n] = nan;
+  if (args.argmax) args.argmax[i] = -1;
+  if (args.grad) {
+    Z* grad = args.grad + i * args.grad_stride;
+    std::fill(grad, grad + args.v, store<Z>(scaled));
+  }
+  return true;
+}
+
+// The results of a row but for its gradient, which they are returned for.
+template <class Z, class T>
+TEMPNET_INLINE RowWeights<T> finish_row(const Args<Z, T>& args, int64_t i, const RowSums<T>& sums) {
+  const int64_t n = args.n;
+  const Z* z = args.logits + i * args.logits_stride;
+  const T tau = args.tau[i], scale = args.scale[i];
+  const RowState<T>& state = sums.state;
+  const RowResult<T> r =
+      finish(state, sums.zmax, T(load(z[args.target[i]])), sums.su / T(args.v), tau, args.options);
+  T* rows = args.rows + i;
+  args.loss[i] = scale == 0 ? T(0) : scale * r.loss;
+  rows[kLoss * n] = r.loss;
+  rows[kGradTau * n] = scale == 0 ? T(0) : scale * r.grad_tau;
+  rows[kM * n] = state.m;
+  rows[kLog2S * n] = r.log2_s;
+  rows[kEntropy * n] = r.entropy;
+  rows[kLogProb * n] = r.log_prob;
+  if (args.argmax) args.argmax[i] = std::isfinite(r.log2_s) ? argmax_of(z, sums) : -1;
+  // fp16 is stored unscaled: p / N underflows where no loss scale can bring it back.
+  const T stored = std::is_same<Z, Half>::value && scale != 0 ? T(1) : scale;
+  return {Constants<T>::kLog2e / tau, state.m, 1 / state.s, r.c, stored};
+}
+
+template <bool kFma, class Z, class T>
+TEMPNET_INLINE void finish_gradient(const Args<Z, T>& args, int64_t i, const RowWeights<T>& row,
+                                    int64_t begin, int64_t end) {
+  Z* grad = args.grad + i * args.grad_stride;
+  if (row.scale == 0) {
+    std::fill(grad + begin, grad + end, store<Z>(T(0)));
+  } else {
+    const Z* z = args.logits + i * args.logits_stride;
+    write_gradient<kFma>(args, z, grad, args.target[i], row, begin, end);
+  }
 }
 
 template <class Z, class T>
 struct ForwardRows {
   template <bool kFma>
   static TEMPNET_INLINE void run(const Args<Z, T>& args, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) row<kFma>(args, i);
-  }
-
-  template <bool kFma>
-  static TEMPNET_INLINE void row(const Args<Z, T>& args, int64_t i) {
-    const T nan = std::numeric_limits<T>::quiet_NaN(),
-            infinity = std::numeric_limits<T>::infinity();
-    const int64_t n = args.n, v = args.v;
-    const Z* z = args.logits + i * args.logits_stride;
-    Z* grad = args.grad ? args.grad + i * args.grad_stride : nullptr;
-    const int64_t y = args.target[i];
-    const T tau = args.tau[i], scale = args.scale[i];
-    const bool ignored = y == args.ignore_index;
-    T* rows = args.rows + i;
-
-    if (ignored || !(tau > 0 && tau < infinity)) {
-      const T value = ignored ? T(0) : nan, scaled = scale == 0 ? T(0) : value;
-      args.loss[i] = rows[kGradTau * n] = scaled;
-      rows[kLoss * n] = value;
-      for (int field = kM; field < kRowFields; ++field) rows[field * n] = nan;
-      if (args.argmax) args.argmax[i] = -1;
-      if (grad) std::fill(grad, grad + v, store<Z>(scaled));
-      return;
-    }
-
-    const T a = Constants<T>::kLog2e / tau;
-    const RowSums<T> sums = reduce_row<kFma>(z, v, a);
-    const RowState<T>& state = sums.state;
-    const RowResult<T> r =
-        finish(state, sums.zmax, T(load(z[y])), sums.su / T(v), tau, args.options);
-    args.loss[i] = scale == 0 ? T(0) : scale * r.loss;
-    rows[kLoss * n] = r.loss;
-    rows[kGradTau * n] = scale == 0 ? T(0) : scale * r.grad_tau;
-    rows[kM * n] = state.m;
-    rows[kLog2S * n] = r.log2_s;
-    rows[kEntropy * n] = r.entropy;
-    rows[kLogProb * n] = r.log_prob;
-    if (args.argmax) args.argmax[i] = std::isfinite(r.log2_s) ? argmax_of(z, sums) : -1;
-    if (grad && scale == 0) {
-      std::fill(grad, grad + v, store<Z>(T(0)));
-    } else if (grad) {
-      // fp16 is stored unscaled: p / N underflows where no loss scale can bring it back.
-      const T stored = std::is_same<Z, Half>::value ? T(1) : scale;
-      write_gradient<kFma>(args, z, grad, y, a, state.m, 1 / state.s, r.c, stored);
+    for (int64_t i = begin; i < end; ++i) {
+      if (finish_unread(args, i)) continue;
+      const Z* z = args.logits + i * args.logits_stride;
+      const RowSums<T> sums = reduce_row<kFma>(z, args.v, Constants<T>::kLog2e / args.tau[i]);
+      const RowWeights<T> row = finish_row(args, i, sums);
+      if (args.grad) finish_gradient<kFma>(args, i, row, 0, args.v);
     }
   }
 };
+
+// The same with the slices of a row apart, for fewer rows than threads.
+template <class Z, class T>
+struct SlicedArgs {
+  const Args<Z, T>& args;
+  int64_t slices;
+  RowSums<T>* sums;        // [n, slices]
+  RowWeights<T>* weights;  // [n]
+  bool* unread;            // [n]
+};
+
+template <class Z, class T>
+struct ReduceSlices {
+  template <bool kFma>
+  static TEMPNET_INLINE void run(const SlicedArgs<Z, T>& sliced, int64_t begin, int64_t end) {
+    const Args<Z, T>& args = sliced.args;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t i = item / sliced.slices, j = item % sliced.slices * kSlice;
+      if (sliced.unread[i]) continue;
+      const Z* z = args.logits + i * args.logits_stride;
+      const T a = Constants<T>::kLog2e / args.tau[i];
+      sliced.sums[item] = reduce_slice<kFma>(z, j, std::min(kSlice, args.v - j), a);
+    }
+  }
+};
+
+template <class Z, class T>
+struct GradientSlices {
+  template <bool kFma>
+  static TEMPNET_INLINE void run(const SlicedArgs<Z, T>& sliced, int64_t begin, int64_t end) {
+    const Args<Z, T>& args = sliced.args;
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t i = item / sliced.slices, j = item % sliced.slices * kSlice;
+      if (sliced.unread[i]) continue;
+      finish_gradient<kFma>(args, i, sliced.weights[i], j, std::min(j + kSlice, args.v));
+    }
+  }
+};
+
+template <class Z, class T>
+void forward_sliced(const Args<Z, T>& args) {
+  const int64_t slices = (args.v + kSlice - 1) / kSlice, items = args.n * slices;
+  std::vector<RowSums<T>> sums(items);
+  std::vector<RowWeights<T>> weights(args.n);
+  const std::unique_ptr<bool[]> unread(new bool[args.n]);
+  const SlicedArgs<Z, T> sliced{args, slices, sums.data(), weights.data(), unread.get()};
+  for (int64_t i = 0; i < args.n; ++i) unread[i] = finish_unread(args, i);
+  torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+    run_rows<ReduceSlices<Z, T>>(sliced, begin, end);
+  });
+  for (int64_t i = 0; i < args.n; ++i) {
+    if (unread[i]) continue;
+    RowSums<T> row;
+    for (int64_t k = 0; k < slices; ++k) {
+      add(row, sums[i * slices + k], k * kSlice, std::min(kSlice, args.v - k * kSlice));
+    }
+    weights[i] = finish_row(args, i, row);
+  }
+  if (!args.grad) return;
+  torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
+    run_rows<GradientSlices<Z, T>>(sliced, begin, end);
+  });
+}
 
 // The state of these columns.
 template <class Z, class T>
@@ -187,8 +298,8 @@ struct BackwardRows {
       }
       const T c = probability_factor(args.options.z_loss, Constants<T>::kLn2 * (m + log2_s), tau);
       write_gradient<kFma>(args, args.logits + i * args.logits_stride, grad,
-                           args.held(y) ? y - args.begin : -1, Constants<T>::kLog2e / tau, m,
-                           std::exp2(-log2_s), c, scale);
+                           args.held(y) ? y - args.begin : -1,
+                           {Constants<T>::kLog2e / tau, m, std::exp2(-log2_s), c, scale}, 0, v);
     }
   }
 };
@@ -276,7 +387,11 @@ RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& targe
     args.loss = static_cast<T*>(loss.mutable_data_ptr());
     args.rows = static_cast<T*>(rows.mutable_data_ptr());
     args.argmax = want_argmax ? static_cast<int64_t*>(argmax.mutable_data_ptr()) : nullptr;
-    run_parallel<ForwardRows<Z, T>>(args, args.n, args.v);
+    if (args.n < torch::stable::get_num_threads() && args.v > kSlice) {
+      forward_sliced(args);
+    } else {
+      run_parallel<ForwardRows<Z, T>>(args, args.n, args.v);
+    }
   });
   return {loss, rows, argmax};
 }

@@ -374,3 +374,34 @@ def test_results_do_not_change_between_runs(backend, device):
     for _ in range(2):
         for g, e in zip(run(backend, logits, target, tau), first, strict=True):
             assert torch.equal(g, e)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, torch.float64])
+def test_a_row_that_threads_share_has_the_bits_of_one_thread(dtype):
+    """Slices of a row are apart where rows are fewer than threads."""
+    v = 40000  # of 16384 columns a slice, the last one ragged
+    logits = torch.randn(3, v).to(dtype) * 3
+    logits[0, 39000] = logits[0].max() + 1  # the largest is in the last slice
+    target = torch.tensor([39999, -100, 20000])
+    tau = torch.tensor([0.7, 1.0, math.nan], dtype=torch.promote_types(dtype, torch.float32))
+
+    def step(rows):
+        z = logits[rows].requires_grad_()
+        options = {"label_smoothing": 0.1, "z_loss": 0.01, "return_stats": True}
+        loss, stats = dro_cross_entropy(
+            z, target[rows], tau[rows], RHO, reduction="sum", backend="native", **options
+        )
+        return loss.detach(), *torch.autograd.grad(loss, z), *stats
+
+    threads = torch.get_num_threads()
+    try:
+        for i in range(3):
+            row = slice(i, i + 1)
+            torch.set_num_threads(1)
+            alone = step(row)
+            torch.set_num_threads(4)
+            for got, expected_bits in zip(step(row), alone, strict=True):
+                assert torch.equal(got.nan_to_num(7), expected_bits.nan_to_num(7))
+            assert alone[-2].item() == (39000 if i == 0 else -1)
+    finally:
+        torch.set_num_threads(threads)
