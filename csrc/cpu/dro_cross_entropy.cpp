@@ -229,6 +229,24 @@ struct GradientSlices {
   }
 };
 
+// Of rows. Compiled for the level of the others: another contracts other products, to other bits.
+template <class Z, class T>
+struct FinishSlices {
+  template <bool kFma>
+  static TEMPNET_INLINE void run(const SlicedArgs<Z, T>& sliced, int64_t begin, int64_t end) {
+    const Args<Z, T>& args = sliced.args;
+    for (int64_t i = begin; i < end; ++i) {
+      if (sliced.unread[i]) continue;
+      RowSums<T> row;
+      for (int64_t k = 0; k < sliced.slices; ++k) {
+        const int64_t j = k * kSlice;
+        add(row, sliced.sums[i * sliced.slices + k], j, std::min(kSlice, args.v - j));
+      }
+      sliced.weights[i] = finish_row(args, i, row);
+    }
+  }
+};
+
 template <class Z, class T>
 void forward_sliced(const Args<Z, T>& args) {
   const int64_t slices = (args.v + kSlice - 1) / kSlice, items = args.n * slices;
@@ -240,14 +258,7 @@ void forward_sliced(const Args<Z, T>& args) {
   torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
     run_rows<ReduceSlices<Z, T>>(sliced, begin, end);
   });
-  for (int64_t i = 0; i < args.n; ++i) {
-    if (unread[i]) continue;
-    RowSums<T> row;
-    for (int64_t k = 0; k < slices; ++k) {
-      add(row, sums[i * slices + k], k * kSlice, std::min(kSlice, args.v - k * kSlice));
-    }
-    weights[i] = finish_row(args, i, row);
-  }
+  run_rows<FinishSlices<Z, T>>(sliced, 0, args.n);
   if (!args.grad) return;
   torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
     run_rows<GradientSlices<Z, T>>(sliced, begin, end);
