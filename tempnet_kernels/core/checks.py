@@ -159,7 +159,7 @@ def temperatures(function, argument, tau, shape, device, dtype):
         check_like(function, argument, tau, (), device)
         return tau.to(dtype).expand(n)
     check_like(function, argument, tau, shape, device)
-    tau = tau.to(dtype)
+    tau = tau if tau.dtype == dtype else tau.to(dtype)
     return tau if tau.dim() == 1 else tau.reshape(-1)
 
 
