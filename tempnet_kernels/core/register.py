@@ -81,11 +81,18 @@ def _version_bump(name, backend, written):
 def _lazy(name, module, *first):
     def call(*args):
         function = getattr(importlib.import_module(f"tempnet_kernels.{module}"), name)
-        # The caller's autocast would round what the operator multiplies.
-        with torch.autocast(args[0].device.type, enabled=False):
-            return function(*first, *args)
+        tensor = args[0][0] if isinstance(args[0], list) else args[0]
+        return without_autocast(tensor.device.type, function, *first, *args)
 
     return call
+
+
+def without_autocast(device, function, *args):
+    """What an operator does: the caller's autocast would round what it multiplies."""
+    if not torch.is_autocast_enabled(device):  # to enter a context takes longer than a launch
+        return function(*args)
+    with torch.autocast(device, enabled=False):
+        return function(*args)
 
 
 def operator(name, backend):

@@ -8,6 +8,7 @@ products, nothing is computed twice. The TempNet's first layer is folded into th
 (W1 W) h + W1 b, a product of width D instead of V.
 """
 
+import functools
 from typing import Literal, overload
 
 import torch
@@ -274,8 +275,8 @@ _op = register.operator
 def _fwd(backend, group, *args):
     if group is None:
         return _op("linear_dro_cross_entropy_fwd", backend)(*args)
-    with torch.autocast(args[0].device.type, enabled=False):  # as an operator is called
-        return chunked.linear_dro_cross_entropy_fwd(backend, *args, group=group)
+    chunks = functools.partial(chunked.linear_dro_cross_entropy_fwd, group=group)
+    return register.without_autocast(args[0].device.type, chunks, backend, *args)
 
 
 _TEMPNET = 14  # where the TempNet's parameters begin in the arguments of the Function
