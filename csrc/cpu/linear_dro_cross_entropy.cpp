@@ -1,6 +1,7 @@
 // What the TempNet needs of a chunk's logits on the CPU: the norm of every row, and its maximum.
 #include <torch/csrc/stable/library.h>
 
+#include "../temperature_head.h"
 #include "row_reduce.h"
 
 namespace tempnet {
@@ -13,7 +14,7 @@ struct Args {
   int64_t n, v;
   const Z* logits;  // [n, v], column stride 1
   int64_t stride;
-  T* moments;  // [4, n]: shift, sum of (z - shift)^2, of z - shift, count; without -inf
+  T* moments;  // [5, n]: shift, sum of (z - shift)^2, of z - shift, count, without -inf; 1 / norm
   bool center;
 };
 
@@ -69,6 +70,7 @@ struct MomentRows {
       to[args.n] = total.squares;
       to[2 * args.n] = total.sum;
       to[3 * args.n] = total.count;
+      to[4 * args.n] = inverse_norm(total.squares);
     }
   }
 };
@@ -83,7 +85,7 @@ Tensor row_moments(Tensor logits, bool center) {
     if (v > 1 && logits.stride(1) != 1) throw_bad_argument(name, "logits", "of column stride 1");
     const auto dtype = sizeof(T) == 8 ? torch::headeronly::ScalarType::Double
                                       : torch::headeronly::ScalarType::Float;
-    result = torch::stable::new_empty(logits, {4, n}, dtype);
+    result = torch::stable::new_empty(logits, {5, n}, dtype);
     const Args<Z, T> args{n,
                           v,
                           static_cast<const Z*>(logits.const_data_ptr()),
@@ -95,10 +97,57 @@ Tensor row_moments(Tensor logits, bool center) {
   return result;
 }
 
+template <class Z, class T>
+struct NormalizeArgs {
+  int64_t v;
+  const Z* logits;  // [n, v], column stride 1
+  int64_t stride;
+  Strided<const T> shift, inverse;
+  T* x;  // [n, v]
+};
+
+template <class Z, class T>
+struct NormalizeRows {
+  template <bool kFma>
+  static TEMPNET_INLINE void run(const NormalizeArgs<Z, T>& args, int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const Z* z = args.logits + i * args.stride;
+      T* x = args.x + i * args.v;
+      const T shift = args.shift[i], inverse = args.inverse[i];
+#pragma omp simd
+      for (int64_t j = 0; j < args.v; ++j) {
+        const T centred = T(load(z[j])) - shift;
+        x[j] = (centred == -std::numeric_limits<T>::infinity() ? T(0) : centred) * inverse;
+      }
+    }
+  }
+};
+
+Tensor normalized_rows(Tensor logits, Tensor shift, Tensor inverse) {
+  const char* const name = "normalized_rows";
+  Tensor result;
+  for_dtype(name, "logits", logits, [&](auto types) {
+    using Z = typename decltype(types)::Storage;
+    using T = typename decltype(types)::Accumulator;
+    const int64_t n = logits.size(0), v = logits.size(1);
+    if (v > 1 && logits.stride(1) != 1) throw_bad_argument(name, "logits", "of column stride 1");
+    result = torch::stable::new_empty(logits, {n, v}, shift.scalar_type());
+    const NormalizeArgs<Z, T> args{v,
+                                   static_cast<const Z*>(logits.const_data_ptr()),
+                                   logits.stride(0),
+                                   strided<T>(shift),
+                                   strided<T>(inverse),
+                                   static_cast<T*>(result.mutable_data_ptr())};
+    run_parallel<NormalizeRows<Z, T>>(args, n, v);
+  });
+  return result;
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tempnet, CPU, library) {
   library.impl("row_moments.native", TORCH_BOX(&row_moments));
+  library.impl("normalized_rows.native", TORCH_BOX(&normalized_rows));
 }
 
 }  // namespace tempnet

@@ -1,8 +1,7 @@
 // The moments of rows of logits on a GPU: the operator under the CUDA key.
 #include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
 
+#include "../tensors.h"
 #include "linear_dro_cross_entropy.cuh"
 #include "on_device.h"
 
@@ -12,34 +11,57 @@ namespace {
 using namespace device;
 using torch::stable::Tensor;
 
-constexpr const char* kName = "row_moments";
 constexpr int64_t kMaxColumns = int64_t(1) << 28;  // byte offsets in a row stay in 32 bits
 constexpr int64_t kMaxRows = (int64_t(1) << 31) - 1;
 
-Tensor row_moments(Tensor logits, bool center) {
-  const OnDevice on(kName, logits);
-  linear::Params params{};
+template <class Params>
+Params params_of(const char* function, const Tensor& logits) {
+  Params params{};
   params.n = logits.size(0);
-  if (params.n > kMaxRows) throw_bad_argument(kName, "logits", "of fewer than 2^31 rows");
-  if (logits.size(1) > kMaxColumns) throw_bad_argument(kName, "logits", "of at most 2^28 columns");
+  if (params.n > kMaxRows) throw_bad_argument(function, "logits", "of fewer than 2^31 rows");
+  if (logits.size(1) > kMaxColumns) {
+    throw_bad_argument(function, "logits", "of at most 2^28 columns");
+  }
   params.v = static_cast<int>(logits.size(1));
   if (params.v > 1 && logits.stride(1) != 1) {
-    throw_bad_argument(kName, "logits", "of column stride 1");
+    throw_bad_argument(function, "logits", "of column stride 1");
   }
   params.logits = logits.const_data_ptr();
   params.stride = logits.stride(0);
+  return params;
+}
+
+Tensor row_moments(Tensor logits, bool center) {
+  const char* const name = "row_moments";
+  const OnDevice on(name, logits);
+  auto params = params_of<linear::Params>(name, logits);
   Tensor moments =
-      torch::stable::new_empty(logits, {4, params.n}, torch::headeronly::ScalarType::Float);
+      torch::stable::new_empty(logits, {5, params.n}, torch::headeronly::ScalarType::Float);
   params.moments = static_cast<float*>(moments.mutable_data_ptr());
-  for_dtype(kName, "logits", logits,
+  for_dtype(name, "logits", logits,
             [&](auto zero) { linear::launch_moments<decltype(zero)>(params, center, on.stream); });
   return moments;
+}
+
+Tensor normalized_rows(Tensor logits, Tensor shift, Tensor inverse) {
+  const char* const name = "normalized_rows";
+  const OnDevice on(name, logits);
+  auto params = params_of<linear::NormalizeParams>(name, logits);
+  shift = dense(shift), inverse = dense(inverse);
+  Tensor x = torch::stable::new_empty(shift, {params.n, params.v});
+  params.shift = data<float>(shift);
+  params.inverse = data<float>(inverse);
+  params.x = static_cast<float*>(x.mutable_data_ptr());
+  for_dtype(name, "logits", logits,
+            [&](auto zero) { linear::launch_normalize<decltype(zero)>(params, on.stream); });
+  return x;
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_IMPL(tempnet, CUDA, library) {
   library.impl("row_moments.native", TORCH_BOX(&row_moments));
+  library.impl("normalized_rows.native", TORCH_BOX(&normalized_rows));
 }
 
 }  // namespace tempnet

@@ -2,6 +2,7 @@
 // visit: a thread's sums follow its maximum as the columns come.
 #pragma once
 
+#include "../temperature_head.h"
 #include "row_reduce.cuh"
 
 namespace tempnet {
@@ -13,7 +14,7 @@ struct Params {
   int v;
   const void* logits;  // [n, v], column stride 1
   int64_t stride;
-  float* moments;  // [4, n]: shift, sum of (z - shift)^2, of z - shift, count; without -inf
+  float* moments;  // [5, n]: shift, sum of (z - shift)^2, of z - shift, count, without -inf; 1/norm
 };
 
 constexpr int kThreads = 512;
@@ -101,6 +102,7 @@ moments_kernel(TEMPNET_PARAM Params params) {
   params.moments[params.n + i] = p.squares;
   params.moments[2 * params.n + i] = p.sum;
   params.moments[3 * params.n + i] = p.count;
+  params.moments[4 * params.n + i] = inverse_norm(p.squares);
 }
 
 template <class Z>
@@ -110,6 +112,43 @@ void launch_moments(const Params& params, bool center, Stream stream) {
   const int threads = min(kThreads, divide_up(batches, kWarp) * kWarp);
   launch(center ? moments_kernel<Z, true> : moments_kernel<Z, false>, dim3(unsigned(params.n)),
          threads, 1, kSharedBytes, stream, params);
+}
+
+struct NormalizeParams {
+  int64_t n;
+  int v;
+  const void* logits;  // [n, v], column stride 1
+  int64_t stride;
+  const float *shift, *inverse;  // [n]
+  float* x;                      // [n, v]
+};
+
+constexpr int kNormalizeThreads = 256;
+constexpr int kNormalizeColumns = 8;  // of a thread
+
+template <class Z>
+TEMPNET_KERNEL(kNormalizeThreads, 4)
+normalize_kernel(TEMPNET_PARAM NormalizeParams params) {
+  const int64_t i = blockIdx.x;
+  const Z* z = static_cast<const Z*>(params.logits) + i * params.stride;
+  float* x = params.x + i * params.v;
+  const float shift = params.shift[i], inverse = params.inverse[i];
+  const int first = blockIdx.y * kNormalizeThreads * kNormalizeColumns + threadIdx.x;
+#pragma unroll
+  for (int c = 0; c < kNormalizeColumns; ++c) {
+    const int j = first + c * kNormalizeThreads;
+    if (j >= params.v) return;
+    const float centred = to_float(z[j]) - shift;
+    x[j] = (centred == -INFINITY ? 0.0f : centred) * inverse;
+  }
+}
+
+template <class Z>
+void launch_normalize(const NormalizeParams& params, Stream stream) {
+  if (params.n == 0) return;
+  const dim3 grid(unsigned(params.n),
+                  unsigned(divide_up(params.v, kNormalizeThreads * kNormalizeColumns)));
+  launch(normalize_kernel<Z>, grid, kNormalizeThreads, 1, 0, stream, params);
 }
 
 }  // namespace linear

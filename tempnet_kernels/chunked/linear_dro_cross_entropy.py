@@ -9,22 +9,16 @@ import torch
 from tempnet_kernels.chunked.dro_cross_entropy import columns_of, sharded_fwd, sharded_fwd_
 from tempnet_kernels.core import register
 from tempnet_kernels.core.checks import check_target
-from tempnet_kernels.core.collectives import all_gather, all_sum_
-from tempnet_kernels.core.fields import (
-    LinearOptions,
-    LinearWants,
-    Moments,
-    TokenRow,
-    accumulation_dtype,
-)
+from tempnet_kernels.core.collectives import all_sum_
+from tempnet_kernels.core.fields import LinearOptions, LinearWants, TokenRow, accumulation_dtype
 from tempnet_kernels.core.matmul import add_product, multiply, unit_of, wide_operand
 from tempnet_kernels.core.tempnet import (
-    NORM_MIN,
+    Dropout,
     Head,
-    Saved,
-    head,
-    head_gradients,
-    merged_moments,
+    HeadSums,
+    gradients,
+    predict,
+    row_scaling,
 )
 
 # Bytes of the columns of W1 and rows of the head that are multiplied at a time, in the dtype of the
@@ -37,11 +31,11 @@ _op = register.operator
 class _Chunk(NamedTuple):
     """What the gradient needs of a chunk's temperatures."""
 
-    saved: Saved
-    keep: torch.Tensor | None  # (n, H), dropout factors
-    input: torch.Tensor  # (n, V), or of the folded network (n, D)
+    dropped: torch.Tensor  # (n, H)
+    h: torch.Tensor  # (n, H)
+    input: torch.Tensor | None  # (n, V), or of the folded network (n, D)
     shift: torch.Tensor  # (n,), what centring took off the logits
-    inverse: torch.Tensor  # (n,), 1 / the norm of what is left
+    factor: torch.Tensor | None  # (n,), of the rows of W1 times the input
 
 
 class DirectTempNet:
@@ -52,43 +46,37 @@ class DirectTempNet:
 
     def __init__(self, backend, tensors, options, weight, bias, want_w1, acc, group):
         self.backend, self.options, self.group = backend, options, group
+        self.bounds = options.tau_min, options.tau_max
         self.w1, *rest = tensors  # (H, V)
         self.head = Head(*(p.to(acc) for p in rest))
         self.weight, self.bias, self.want_w1, self.acc = weight, bias, want_w1, acc
-        self.grad_head = [p.new_zeros(p.shape) for p in self.head]
         # 16-bit where the platform's products of the logits are.
         self.dtype = wide_operand(weight[:0]).dtype
+        # What temperature_head_bwd and sigmoid_dropout_bwd sum over blocks of rows.
+        h = self.w1.shape[0]
+        self.sums = [self.w1.new_empty((0, width), dtype=acc) for width in (2 * h + 2, h)]
+        self.sums = [[empty] for empty in self.sums]
+        self.grad_w2 = torch.zeros_like(self.head.w2)
         self._begin()
 
     def _begin(self):
         shape = self.w1.shape if self.want_w1 else (0, 0)
         self.grad_w1 = self.w1.new_zeros(shape, dtype=self.acc)
 
-    def temperatures(self, hidden, logits, keep):
+    def temperatures(self, hidden, logits, dropout):
         """(``[n]``, :class:`_Chunk`) of the rows hidden ``[n, D]`` with logits ``[n, V]``."""
-        moments = _op("row_moments", self.backend)(logits, self.options.center)
-        shift, squares = moments[Moments.SHIFT], moments[Moments.SQUARES]  # (n,) each
-        if self.group is not None:
-            shift, squares = merged_moments(all_gather(moments, self.group))
-        inverse = squares.sqrt().clamp_min(NORM_MIN).reciprocal()
-        # Of equal logits x is 0, and the fold's rounding must not be divided by the least norm.
-        inverse = torch.where(squares == 0, 0, inverse)
-        x, pre = self._first_layer(hidden, logits, shift, inverse)  # (n, V or D), (n, H)
-        share, saved = head(pre, self.head, keep)
-        tau_min, tau_max = self.options.tau_min, self.options.tau_max
-        tau = tau_min + (tau_max - tau_min) * share
-        return tau, _Chunk(saved, keep, x if self.want_w1 else None, shift, inverse)
+        shift, inverse = row_scaling(self.backend, logits, self.options.center, self.group)
+        x, pre, factor = self._first_layer(hidden, logits, shift, inverse)
+        tau, dropped, h = predict(self.backend, pre, self.head, dropout, self.bounds, factor)
+        return tau, _Chunk(dropped, h, x if self.want_w1 else None, shift, factor)
 
     def _first_layer(self, hidden, logits, shift, inverse):
-        """(its input as the gradient of its weight takes it, W1 times it)."""
-        x = logits.to(self.acc, copy=True)
-        if self.options.center:
-            x -= shift[:, None]
-        x.masked_fill_(x == -torch.inf, 0).mul_(inverse[:, None])
+        """(its input as the gradient of its weight takes it, W1 times it, factors of its rows)."""
+        x = _op("normalized_rows", self.backend)(logits, shift, inverse)
         x = x.to(self.dtype)  # (n, V)
         pre = self._product(x, self.w1.to(self.dtype))
         all_sum_(pre, self.group)
-        return x, pre
+        return x, pre, None
 
     def _product(self, x, weight):
         pre = x.new_empty((x.shape[0], weight.shape[0]), dtype=self.acc)  # (n, H)
@@ -97,10 +85,13 @@ class DirectTempNet:
 
     def backward(self, grad_tau, chunk):
         """Adds the gradient of the chunk's temperatures."""
-        grad_share = grad_tau * (self.options.tau_max - self.options.tau_min)
-        grad_pre, grads = head_gradients(grad_share, chunk.saved, self.head, chunk.keep)
-        for total, grad in zip(self.grad_head, grads, strict=True):
-            total += grad
+        dropped, h, _, _, factor = chunk
+        grad_pre, grad_h, *sums = gradients(
+            self.backend, grad_tau, dropped, h, self.head, self.options.dropout, self.bounds, factor
+        )
+        for total, part in zip(self.sums, sums, strict=True):
+            total.append(part)
+        add_product(self.grad_w2, grad_h.T, dropped)
         if self.want_w1:
             self._add_first_layer(grad_pre, chunk)
 
@@ -109,7 +100,12 @@ class DirectTempNet:
 
     def gradients(self):
         """Of W1, empty where it is not wanted, and of the head's parameters."""
-        return [self.grad_w1, *self.grad_head]
+        sums, grad_b1 = (torch.cat(parts).sum(0) for parts in self.sums)
+        total = HeadSums.of(sums)
+        return [
+            self.grad_w1, grad_b1, self.grad_w2, total.grad_b2, total.grad_scaler,
+            total.grad_weight[None], total.grad_bias,
+        ]  # fmt: skip
 
 
 class FoldedTempNet(DirectTempNet):
@@ -158,13 +154,12 @@ class FoldedTempNet(DirectTempNet):
             pre += self.of_bias
         if self.options.center:
             pre.addr_(shift, self.of_ones, alpha=-1)
-        pre *= inverse[:, None]
-        return x, pre
+        return x, pre, inverse
 
     def _add_first_layer(self, grad_pre, chunk):
-        grad_pre *= chunk.inverse[:, None]
         add_product(self.grad_folded, grad_pre.T.to(self.dtype), chunk.input)
-        self.grad_of_bias += grad_pre.sum(0)
+        if self.bias is not None:
+            self.grad_of_bias += grad_pre.sum(0)
         if self.options.center:
             self.grad_of_ones -= chunk.shift @ grad_pre
 
@@ -199,7 +194,8 @@ def _loss_of_rows(backend, group, in_place, logits, target, tau, scale, options,
 
 
 def linear_dro_cross_entropy_fwd(
-    backend, hidden, weight, bias, target, tau, scale, tempnet, keep, wants, want_argmax, *options,
+    backend, hidden, weight, bias, target, tau, scale, tempnet, dropout_key, wants, want_argmax,
+    *options,
     group=None,
 ):  # fmt: skip
     options, want = LinearOptions(*options), LinearWants(*wants)
@@ -249,7 +245,8 @@ def linear_dro_cross_entropy_fwd(
         if net is None:
             t = tau[r]
         else:
-            t, chunk = net.temperatures(h, z, None if keep is None else keep[r])
+            ids = None if index is None else r
+            t, chunk = net.temperatures(h, z, Dropout(dropout_key, options.dropout, ids, i))
 
         row_loss, row, row_argmax = _loss_of_rows(
             backend, group, want.logits, z, y, t, s, options.token, want_argmax

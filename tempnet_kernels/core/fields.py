@@ -56,12 +56,13 @@ class AnchorParameters:
 
 
 class Moments:
-    """What row_moments returns, ``[4, N]``: the SHIFT (the largest logit where rows are centred,
+    """What row_moments returns, ``[5, N]``: the SHIFT (the largest logit where rows are centred,
     else 0), and over the columns that are not -inf the sum of (z - shift)^2, of z - shift, and the
-    number of columns. Not centred, the last two are 0."""
+    number of columns. Not centred, the last two are 0. INVERSE is 1 / max(norm of z - shift,
+    1e-12), and 0 where that norm is 0; it is of these columns alone, and not exchanged."""
 
-    SHIFT, SQUARES, TOTAL, COUNT = range(4)
-    FIELDS = 4
+    SHIFT, SQUARES, TOTAL, COUNT, INVERSE = range(5)
+    FIELDS = 5
 
 
 class LinearOptions(NamedTuple):
@@ -75,6 +76,7 @@ class LinearOptions(NamedTuple):
     softcap: float  # 0 for none
     tau_min: float
     tau_max: float
+    dropout: float  # probability, 0 without a key
     center: bool
     fold: bool
     chunk_rows: int

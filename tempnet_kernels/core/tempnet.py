@@ -1,14 +1,16 @@
-"""The TempNet's arithmetic around its first layer: the norm of a row of logits, and what follows
-with its gradient by hand, since it runs inside operators."""
+"""The TempNet's arithmetic around its first layer, by the operators of a backend: what follows it,
+with its gradient by hand, since it runs inside operators; and the norm of a row of logits."""
 
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
-from tempnet_kernels.core.fields import accumulation_dtype
+from tempnet_kernels.core import register
+from tempnet_kernels.core.collectives import all_gather
+from tempnet_kernels.core.fields import Moments
 
-NORM_MIN = 1e-12  # of a row of logits that is divided by its norm
+NORM_MIN = 1e-12  # of a row of logits, or a prototype, that is divided by its norm
+_op = register.operator
 
 
 class Head(NamedTuple):
@@ -22,69 +24,86 @@ class Head(NamedTuple):
     last_bias: torch.Tensor  # (1,)
 
 
-class Saved(NamedTuple):
-    """What the gradient needs of a call of :func:`head`."""
+class Dropout(NamedTuple):
+    """Which mask is drawn: of ``ids`` ``[N]``, or without them of the rows' numbers from
+    ``first_row`` on. Without a key there is none, and the probability is 0."""
 
-    h1: torch.Tensor  # (N, H)
-    dropped: torch.Tensor  # (N, H)
-    h: torch.Tensor  # (N, H)
-    w: torch.Tensor  # (N, H)
-    share: torch.Tensor  # (N,)
-
-
-def head(pre, p, keep=None):
-    """(share of the range [tau_min, tau_max] in [0, 1], :class:`Saved`), from ``pre = W1 x``
-    ``[N, H]`` and dropout factors ``keep`` ``[N, H]`` (0 or 1 / (1 - probability))."""
-    h1 = torch.sigmoid(pre + p.b1)
-    dropped = h1 if keep is None else h1 * keep
-    h = F.linear(dropped, p.w2, p.b2)
-    w = torch.softmax(h / p.scaler.exp(), -1)
-    t = F.linear((w - 1 / h.shape[-1]) * h, p.last_weight, p.last_bias).squeeze(-1)  # (N,)
-    share = torch.sigmoid(t)
-    return share, Saved(h1, dropped, h, w, share)
+    key: torch.Tensor | None = None
+    probability: float = 0.0
+    ids: torch.Tensor | None = None
+    first_row: int = 0
 
 
-def head_gradients(grad_share, saved, p, keep=None):
-    """(gradient of ``pre`` ``[N, H]``, :class:`Head` of gradients) for ``grad_share`` ``[N]``."""
-    h1, dropped, h, w, share = saved
-    grad_t = grad_share * share * (1 - share)  # (N,)
-    centred = w - 1 / h.shape[1]
-    grad_mixed = grad_t[:, None] * p.last_weight  # (N, H)
-    grad_w = grad_mixed * h
-    temperature = p.scaler.exp()
-    grad_x = w * (grad_w - (grad_w * w).sum(1, keepdim=True)) / temperature  # of h, through w
-    grad_h = grad_mixed * centred + grad_x
-    grad_dropped = grad_h @ p.w2
-    grad_h1 = grad_dropped if keep is None else grad_dropped * keep
-    grad_pre = grad_h1 * h1 * (1 - h1)
-    return grad_pre, Head(
-        b1=grad_pre.sum(0),
-        w2=grad_h.T @ dropped,
-        b2=grad_h.sum(0),
-        scaler=-(grad_x * h).sum().view(1),
-        last_weight=(grad_t @ (centred * h))[None],
-        last_bias=grad_t.sum().view(1),
+class HeadSums(NamedTuple):
+    """What temperature_head_bwd sums over the rows of a block, F numbers one after the other."""
+
+    grad_b2: torch.Tensor  # (K,), of h
+    grad_weight: torch.Tensor  # (K,)
+    grad_scaler: torch.Tensor  # (1,)
+    grad_bias: torch.Tensor  # (1,)
+    along: torch.Tensor  # (K,), what the gradient of a prototype has of itself; () without norms
+
+    @classmethod
+    def of(cls, sums):
+        """Of the sums over all blocks ``[F]``, without norms."""
+        k = sums.shape[0] // 2 - 1
+        return cls(*sums.split([k, k, 1, 1, 0]))
+
+    @classmethod
+    def with_norms(cls, sums):
+        k = (sums.shape[0] - 2) // 3
+        return cls(*sums.split([k, k, 1, 1, k]))
+
+
+def row_blocks(n):
+    """(number of blocks, rows of a block) of the sums over ``n`` rows: at most 257 blocks. They
+    depend on nothing else, so that every backend and every number of threads adds in one order;
+    csrc/temperature_head.h has the same."""
+    rows = 8 * (n // 2049 + 1)
+    return (n + rows - 1) // rows, rows
+
+
+def predict(backend, pre, p, dropout, bounds, factor=None):
+    """(temperatures ``[N]``, the second layer's input ``[N, H]`` and output ``[N, H]``) from ``pre
+    = W1 z``, of which row i is multiplied by ``factor[i]``."""
+    key, probability, ids, first_row = dropout
+    dropped = _op("sigmoid_dropout", backend)(pre, p.b1, factor, key, ids, first_row, probability)
+    h = torch.addmm(p.b2, dropped, p.w2.T)
+    options = (None, p.scaler, p.last_weight, p.last_bias, False, *bounds)
+    return _op("temperature_head", backend)(h, *options), dropped, h
+
+
+def gradients(backend, grad_tau, dropped, h, p, probability, bounds, factor=None):
+    """(gradient of ``pre`` ``[N, H]``, that of h ``[N, H]``, blocks' :class:`HeadSums` ``[P, F]``,
+    blocks' sums of the gradient of b1 ``[P, H]``)."""
+    options = (None, p.scaler, p.last_weight, p.last_bias, False, *bounds)
+    grad_h, sums = _op("temperature_head_bwd", backend)(grad_tau, h, *options)
+    grad_pre, grad_b1 = _op("sigmoid_dropout_bwd", backend)(
+        grad_h @ p.w2, dropped, factor, probability
     )
+    return grad_pre, grad_h, sums, grad_b1
 
 
-def row_moments(logits, center):
-    """:class:`Moments` of rows of logits ``[N, V]``, in plain PyTorch."""
-    acc = accumulation_dtype(logits.dtype)
-    z = logits.to(acc)
-    counted = z != -torch.inf
-    shift = z.amax(1) if center else z.new_zeros(z.shape[0])
-    z = torch.where(counted, z - shift[:, None], 0)
-    squares = (z * z).sum(1)
-    if not center:
-        return torch.stack([shift, squares, shift, shift])
-    return torch.stack([shift, squares, z.sum(1), counted.sum(1).to(acc)])
+def row_scaling(backend, logits, center, group):
+    """(shift ``[N]``, 1 / norm of z - shift ``[N]``) of logits ``[N, V]``, or of all columns of the
+    ranks of ``group``."""
+    moments = _op("row_moments", backend)(logits, center)
+    if group is None:
+        return moments[Moments.SHIFT], moments[Moments.INVERSE]
+    return merged_moments(all_gather(moments[: Moments.INVERSE], group))
+
+
+def inverse_norm(squares):
+    """1 / the norm of rows with these sums of squares: 0 for a row of zeros, so that the rounding
+    of what is multiplied by it is not divided by the least norm."""
+    return torch.where(squares == 0, 0, squares.sqrt().clamp_min(NORM_MIN).reciprocal())
 
 
 def merged_moments(parts):
-    """(shift, sum of (z - shift)^2) of rows from the :class:`Moments` of several parts of their
-    columns, ``[parts, 4, N]``."""
+    """(shift, 1 / norm of z - shift) of rows from the :class:`Moments` of several parts of their
+    columns, ``[parts, 4, N]``, without INVERSE."""
     shift, squares, total, count = parts.unbind(1)  # (parts, N) each
     top = shift.amax(0)  # keeps NaN
     # A part whose columns are all -inf has no sums to move. Neither d nor a sum is ever positive.
     d = torch.where(count == 0, 0, shift - top)
-    return top, (squares + d * (count * d + 2 * total)).sum(0)
+    return top, inverse_norm((squares + d * (count * d + 2 * total)).sum(0))

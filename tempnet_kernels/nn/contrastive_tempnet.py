@@ -3,12 +3,12 @@
 import math
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from tempnet_kernels.core.checks import check_integers, in_backward, temperature_bounds
-from tempnet_kernels.core.dropout import hashed_dropout
+from tempnet_kernels.core.fields import accumulation_dtype
 from tempnet_kernels.nn.tempnet import reshape_scalar
+from tempnet_kernels.ops.temperature_head import backend_for, of_features
 
 
 class ContrastiveTempNet(nn.Module):
@@ -87,11 +87,12 @@ class ContrastiveTempNet(nn.Module):
         self, features: torch.Tensor, ids: torch.Tensor | None = None, *, new_mask: bool = True
     ) -> torch.Tensor:
         """features ``[B, D]`` of a float dtype -> temperatures ``[B]`` in float32 (float64 for a
-        float64 network). Under autocast, too, it computes in the dtype of its parameters.
+        float64 network), in which it computes, under autocast too.
 
         ids: ``[B]`` integers. In training mode a sample's dropout mask then depends on its id, the
         seed and the number of the call, not on the device, the process or the place in the batch:
-        ranks that predict the same sample's temperature agree. Without ids it is torch's dropout.
+        ranks that predict the same sample's temperature agree. Without ids it depends on the
+        sample's row, and on what torch's generator then draws.
         new_mask: False repeats the masks of the last call, and does not count.
         """
         self._check(features)
@@ -100,17 +101,19 @@ class ContrastiveTempNet(nn.Module):
             return self._temperatures(features.detach(), ids, new_mask)
 
     def _temperatures(self, features, ids, new_mask):
-        dtype = self.proj.weight.dtype
-        x = torch.sigmoid(self.proj(features.to(dtype)))  # (B, D)
-        if self.training and self.dropout:
-            x = F.dropout(x, self.dropout) if ids is None else self._drop(x, ids, new_mask)
-        q = (x @ F.normalize(self.prototypes, dim=1).T).to(
-            torch.promote_types(dtype, torch.float32)
+        # A 16-bit network is computed in float32: its parameters are few.
+        acc = accumulation_dtype(self.proj.weight.dtype)
+        parameters = (
+            self.proj.weight, self.proj.bias, self.prototypes, self.scaler, self.linear_1.weight,
+            self.linear_1.bias,
+        )  # fmt: skip
+        return of_features(
+            features.to(acc),
+            [p.to(acc) for p in parameters],
+            *self._mask(features, ids, new_mask),
+            (self.tau_min, self.tau_max),
+            backend_for("ContrastiveTempNet", features.device, acc),
         )
-        w = torch.softmax(q / self.scaler.to(q.dtype).exp(), 1)  # (B, K)
-        mixed = (w - 1 / w.shape[1]) * torch.sigmoid(q)
-        t = self.linear_1(mixed.to(dtype)).squeeze(1).to(q.dtype)
-        return self.tau_min + (self.tau_max - self.tau_min) * torch.sigmoid(t)
 
     def _check(self, features):
         d = self.proj.in_features
@@ -120,8 +123,13 @@ class ContrastiveTempNet(nn.Module):
                 f"got {tuple(features.shape)}"
             )
 
-    def _drop(self, x, ids, new_mask):
-        check_integers("ContrastiveTempNet", "ids", ids, x.shape[:1], x.device)
+    def _mask(self, features, ids, new_mask):
+        """(key, ids, probability) of sigmoid_dropout."""
+        if not self.training or self.dropout == 0:
+            return None, None, 0.0
+        if ids is None:
+            return torch.randint(1 << 62, (), device=features.device), None, self.dropout
+        check_integers("ContrastiveTempNet", "ids", ids, features.shape[:1], features.device)
         if new_mask:
             if in_backward():
                 raise RuntimeError(
@@ -130,8 +138,8 @@ class ContrastiveTempNet(nn.Module):
                     "out of the checkpointed region, or pass new_mask=False"
                 )
             self.dropout_step += 1
-        key = self.dropout_step + (self.seed << 32)
-        return x * hashed_dropout(key, ids, x.shape[1], self.dropout, x.dtype)
+        key = self.dropout_step + (self.seed << 32)  # (1,)
+        return key[0], ids.long(), self.dropout
 
     def extra_repr(self) -> str:
         return f"tau=[{self.tau_min}, {self.tau_max}], dropout={self.dropout}, seed={self.seed}"

@@ -1,7 +1,7 @@
 """The temperature network for language models."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -9,10 +9,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 
-from tempnet_kernels.core.checks import temperature_bounds
+from tempnet_kernels.core import register
+from tempnet_kernels.core.checks import temperature_bounds, unit_columns
 from tempnet_kernels.core.collectives import SharesGroup, all_gather, several, sum_over_ranks
-from tempnet_kernels.core.dropout import hashed_dropout
-from tempnet_kernels.core.tempnet import NORM_MIN, Head, head, merged_moments, row_moments
+from tempnet_kernels.core.fields import accumulation_dtype
+from tempnet_kernels.core.tempnet import Head, row_scaling
+from tempnet_kernels.ops.temperature_head import after_first_layer, backend_for
 
 # Where the published checkpoints keep the TempNet inside a full model's state dict.
 PREFIXES = ("module.tempnet.", "tempnet.")
@@ -168,30 +170,24 @@ class TempNet(SharesGroup, nn.Module):
                 f"TempNet: logits must have {v} columns, got shape {tuple(logits.shape)}"
             )
         dtype = self.proj[0].weight.dtype
-        z = logits.detach()
-        if self.process_group is not None:
-            moments = all_gather(
-                row_moments(z.reshape(-1, v), self.center == "max"), self.process_group
-            )
-            shift, squares = (x.view(*z.shape[:-1], 1) for x in merged_moments(moments))
-            norm = squares.sqrt()
-        elif self.center == "max":
-            shift = z.amax(-1, keepdim=True)
-        if self.center == "max":
-            z = z - shift
         # In float32 for 16-bit logits: the square of a logit above 256 overflows float16.
-        z = z.to(torch.promote_types(torch.float32, dtype))
-        z = torch.where(z == -math.inf, 0, z)
-        if self.process_group is None:
-            norm = z.norm(dim=-1, keepdim=True)
-        x = z / norm.clamp_min(NORM_MIN)
-        pre = F.linear(x.to(dtype), self.proj[0].weight).to(z.dtype)  # (..., hidden_size)
+        acc = torch.promote_types(accumulation_dtype(logits.dtype), dtype)
+        z = unit_columns(logits.detach().reshape(-1, v))  # (N, V)
+        if acc == torch.float64:
+            z = z.to(acc)
+        backend = backend_for("TempNet", z.device, acc)
+        shift, inverse = row_scaling(backend, z, self.center == "max", self.process_group)
+        x = register.operator("normalized_rows", backend)(z, shift, inverse)
+        pre = F.linear(x.to(dtype), self.proj[0].weight).to(acc)  # (N, hidden_size)
         if self.process_group is not None:
             pre = sum_over_ranks(pre, self.process_group)
-        keep = self.dropout_factors(pre.shape, pre.device, pre.dtype)
+        key = self.dropout_key(z.device)
+        bounds = self.tau_min, self.tau_max
         with torch.autocast(pre.device.type, enabled=False):
-            share, _ = head(pre, self.head(z.dtype), keep)
-        return self.tau_min + (self.tau_max - self.tau_min) * share
+            tau = after_first_layer(
+                pre, self.head(acc), key, self.dropout_probability(key), bounds, backend
+            )
+        return tau.view(logits.shape[:-1])
 
     def head(self, dtype: torch.dtype) -> Head:
         """The parameters after the first layer's weight."""
@@ -210,23 +206,17 @@ class TempNet(SharesGroup, nn.Module):
         of a forward only."""
         return self(inside=function)
 
-    def dropout_factors(
-        self, shape: Sequence[int], device: torch.device, dtype: torch.dtype
-    ) -> torch.Tensor | None:
-        """0 or 1 / (1 - probability) for each of the first layer's outputs, the same on every rank;
-        None where dropout is off."""
-        probability = self.proj[2].p
-        if not self.training or probability == 0:
+    def dropout_key(self, device: torch.device) -> torch.Tensor | None:
+        """What the dropout mask of every row and column is a function of, 0-d int64, the same on
+        every rank; None where dropout is off."""
+        if not self.training or self.proj[2].p == 0:
             return None
-        if self.process_group is not None:
-            # A key is exchanged, not the factors; and not as a seed, which the host would wait for.
-            key = torch.randint(1 << 62, (), device=device)
-            ids = torch.arange(math.prod(shape[:-1]), device=device)
-            key = all_gather(key, self.process_group)[0]
-            factors = hashed_dropout(key, ids, shape[-1], probability, dtype)
-            return factors.view(shape)
-        keep = torch.empty(shape, device=device, dtype=dtype).bernoulli_(1 - probability)
-        return keep.div_(1 - probability)
+        # A key is drawn, not a seed, which the host would wait for.
+        key = torch.randint(1 << 62, (), device=device)
+        return key if self.process_group is None else all_gather(key, self.process_group)[0]
+
+    def dropout_probability(self, key: torch.Tensor | None) -> float:
+        return 0.0 if key is None else self.proj[2].p
 
     def extra_repr(self) -> str:
         bounds = f"tau=[{self.tau_min}, {self.tau_max}]"

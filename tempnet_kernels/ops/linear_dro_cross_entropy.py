@@ -225,10 +225,11 @@ def _loss(
     def wanted(x):
         return torch.is_grad_enabled() and x is not None and x.requires_grad
 
-    tensors, keep, bounds, center, fold = [], None, (0.0, 0.0), False, False
+    tensors, key, dropout, bounds, center, fold = [], None, 0.0, (0.0, 0.0), False, False
     if tempnet is not None:
         tensors = tempnet.kernel_parameters(acc)
-        keep = tempnet.dropout_factors((n, tensors[1].shape[0]), device, acc)
+        key = tempnet.dropout_key(device)
+        dropout = tempnet.dropout_probability(key)
         bounds, center = (tempnet.tau_min, tempnet.tau_max), tempnet.center == "max"
         fold = not softcap and folding_pays(n, v, d)
     wants = LinearWants(
@@ -245,11 +246,11 @@ def _loss(
     learner = "a tempnet" if wants.tempnet else "tau" if wanted(rows_tau) else None
     options = LinearOptions(
         radius(name, rho, learner), ignore_index, float(label_smoothing), float(z_loss),
-        float(softcap or 0), *bounds, center, fold, chunk_rows, drop_ignored,
+        float(softcap or 0), *bounds, dropout, center, fold, chunk_rows, drop_ignored,
     )  # fmt: skip
     each_row = reduction == "none"
     args = (
-        flat, weight, bias, rows_tau, scale, rows_target, total, keep, options, wants, return_stats,
+        flat, weight, bias, rows_tau, scale, rows_target, total, key, options, wants, return_stats,
         each_row, chosen, group, *tensors,
     )  # fmt: skip
     if group is None:
@@ -288,13 +289,13 @@ class _LinearDROCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        hidden, weight, bias, tau, scale, target, total, keep, options, wants, want_argmax,
+        hidden, weight, bias, tau, scale, target, total, key, options, wants, want_argmax,
         each_row, backend, group, *tempnet,
     ):  # fmt: skip
         # The gradients of each row's loss are made in the backward, which knows their factors.
         now = [wanted and not each_row for wanted in wants]
         loss, rows, argmax, taus, *grads, grads_tempnet = _fwd(
-            backend, group, hidden, weight, bias, target, tau, scale, list(tempnet), keep, now,
+            backend, group, hidden, weight, bias, target, tau, scale, list(tempnet), key, now,
             want_argmax, *options,
         )  # fmt: skip
         value = reduced(loss, total, each_row, backend)
@@ -303,7 +304,7 @@ class _LinearDROCrossEntropy(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx, inputs, output):
         (
-            hidden, weight, bias, tau, scale, target, _, keep, ctx.options, ctx.wants, _,
+            hidden, weight, bias, tau, scale, target, _, key, ctx.options, ctx.wants, _,
             ctx.each_row, ctx.backend, ctx.group, *tempnet,
         ) = inputs  # fmt: skip
         _, rows, argmax, taus, *grads = output
@@ -311,7 +312,7 @@ class _LinearDROCrossEntropy(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.dtypes = [None if x is None else x.dtype for x in (hidden, weight, bias, *tempnet)]
         if ctx.each_row:
-            grads = [hidden, weight, bias, tau, target, keep, *tempnet] if any(ctx.wants) else []
+            grads = [hidden, weight, bias, tau, target, key, *tempnet] if any(ctx.wants) else []
         ctx.save_for_backward(rows, scale, *grads)
 
     @staticmethod
@@ -328,9 +329,9 @@ class _LinearDROCrossEntropy(torch.autograd.Function):
         if ctx.each_row:
             factor, row_scale = scale.new_ones(()), grad_loss * scale
         if ctx.each_row and any(ctx.wants):
-            hidden, weight, bias, tau, target, keep, *tempnet = grads
+            hidden, weight, bias, tau, target, key, *tempnet = grads
             *_, grad_hidden, grad_weight, grad_bias, grads_tempnet = _fwd(
-                ctx.backend, ctx.group, hidden, weight, bias, target, tau, row_scale, tempnet, keep,
+                ctx.backend, ctx.group, hidden, weight, bias, target, tau, row_scale, tempnet, key,
                 ctx.wants, False, *ctx.options,
             )  # fmt: skip
             grads = [grad_hidden, grad_weight, grad_bias, *grads_tempnet]
@@ -365,8 +366,12 @@ def _fake_row_moments(logits, center):
     )
 
 
+def _fake_normalized_rows(logits, shift, inverse):
+    return logits.new_empty(logits.shape, dtype=accumulation_dtype(logits.dtype))
+
+
 def _fake_fwd(
-    hidden, weight, bias, target, tau, scale, tempnet, keep, wants, want_argmax, *options
+    hidden, weight, bias, target, tau, scale, tempnet, dropout_key, wants, want_argmax, *options
 ):
     (n, d), v = hidden.shape, weight.shape[0]
     acc = scale.dtype
@@ -388,22 +393,28 @@ def _fake_fwd(
     )
 
 
-# logits [N, V] with column stride 1 -> Moments [4, N] in the accumulation dtype.
+# logits [N, V] with column stride 1 -> Moments [5, N] in the accumulation dtype.
 register.define(
     "row_moments(Tensor logits, bool center) -> Tensor",
     _fake_row_moments,
     "linear_dro_cross_entropy",
 )
+# The same logits, shift and inverse [N] -> (logits - shift) * inverse [N, V]; a -inf counts as 0.
+register.define(
+    "normalized_rows(Tensor logits, Tensor shift, Tensor inverse) -> Tensor",
+    _fake_normalized_rows,
+    "linear_dro_cross_entropy",
+)
 # hidden [N, D], weight [V, D], bias [V] of one dtype; target, tau (not read with a TempNet) and
 # scale [N] as in dro_cross_entropy_fwd. tempnet: W1 [H, V], b1, W2, b2, scaler, last.weight,
-# last.bias, or nothing; keep: [N, H] dropout factors. wants: LinearWants. Returns
-# scale * loss [N], rows [6, N], argmax, the TempNet's temperatures [N] (NaN in ignored rows), and
-# the gradients; for float16 that of hidden lacks the factor scale of its row, those of weight and
-# bias the factor unit_of(scale). The TempNet's are in the accumulation dtype.
+# last.bias, or nothing; dropout_key: of sigmoid_dropout, whose ids are the rows' numbers. wants:
+# LinearWants. Returns scale * loss [N], rows [6, N], argmax, the TempNet's temperatures [N] (NaN in
+# ignored rows), and the gradients; for float16 that of hidden lacks the factor scale of its row,
+# those of weight and bias the factor unit_of(scale). The TempNet's are in the accumulation dtype.
 register.define(
     "linear_dro_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, "
-    "Tensor tau, Tensor scale, Tensor[] tempnet, Tensor? keep, bool[] wants, bool want_argmax, "
-    f"{register.arguments(LinearOptions)}) "
+    "Tensor tau, Tensor scale, Tensor[] tempnet, Tensor? dropout_key, bool[] wants, "
+    f"bool want_argmax, {register.arguments(LinearOptions)}) "
     "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor[])",
     _fake_fwd,
     "linear_dro_cross_entropy",

@@ -3,16 +3,36 @@
 import torch
 
 from tempnet_kernels.core.checks import check_target
-from tempnet_kernels.core.fields import LinearOptions, LinearWants, TokenRow
+from tempnet_kernels.core.fields import LinearOptions, LinearWants, TokenRow, accumulation_dtype
 from tempnet_kernels.core.matmul import unit_of
-from tempnet_kernels.core.tempnet import NORM_MIN, Head, head, head_gradients, row_moments
+from tempnet_kernels.core.tempnet import Head, HeadSums, inverse_norm
 from tempnet_kernels.reference.dro_cross_entropy import dro_cross_entropy_fwd
+from tempnet_kernels.reference.temperature_head import (
+    sigmoid_dropout,
+    sigmoid_dropout_bwd,
+    temperature_head,
+    temperature_head_bwd,
+)
 
-__all__ = ["linear_dro_cross_entropy_fwd", "row_moments"]  # the operators
+
+def row_moments(logits, center):
+    acc = accumulation_dtype(logits.dtype)
+    z = logits.to(acc)
+    counted = z != -torch.inf
+    shift = z.amax(1) if center else z.new_zeros(z.shape[0])
+    z = torch.where(counted, z - shift[:, None], 0)
+    squares = (z * z).sum(1)
+    total, count = (z.sum(1), counted.sum(1).to(acc)) if center else (shift, shift)
+    return torch.stack([shift, squares, total, count, inverse_norm(squares)])
+
+
+def normalized_rows(logits, shift, inverse):
+    x = logits.to(shift.dtype) - shift[:, None]
+    return torch.where(x == -torch.inf, 0, x) * inverse[:, None]
 
 
 def linear_dro_cross_entropy_fwd(
-    hidden, weight, bias, target, tau, scale, tempnet, keep, wants, want_argmax, *options
+    hidden, weight, bias, target, tau, scale, tempnet, dropout_key, wants, want_argmax, *options
 ):
     options, want = LinearOptions(*options), LinearWants(*wants)
     ignore_index, softcap, center = options.ignore_index, options.softcap, options.center
@@ -28,12 +48,13 @@ def linear_dro_cross_entropy_fwd(
     if tempnet:
         w1, *rest = tempnet
         p = Head(*(x.to(acc) for x in rest))
-        shift, squares, _, _ = row_moments(z, center)
-        norm = squares.sqrt().clamp_min(NORM_MIN)
-        x = z.to(acc) - shift[:, None]
-        x = torch.where(z == -torch.inf, 0, x) / norm[:, None]  # (N, V)
-        share, saved = head(x @ w1.to(acc).T, p, keep)
-        tau = tau_min + (tau_max - tau_min) * share
+        shift, *_, inverse = row_moments(z, center)
+        x = normalized_rows(z, shift, inverse)  # (N, V)
+        dropout = options.dropout
+        dropped = sigmoid_dropout(x @ w1.to(acc).T, p.b1, None, dropout_key, None, 0, dropout)
+        y = torch.addmm(p.b2, dropped, p.w2.T)  # (N, H)
+        last = None, p.scaler, p.last_weight, p.last_bias, False, tau_min, tau_max
+        tau = temperature_head(y, *last)
 
     dz, loss, rows, argmax = dro_cross_entropy_fwd(
         z, target, tau, scale, *options.token, True, want_argmax
@@ -50,9 +71,12 @@ def linear_dro_cross_entropy_fwd(
         grad_weight, grad_bias = grad_weight.to(weight.dtype), grad_bias.to(weight.dtype)
     grads = []
     if want.tempnet:
-        grad_pre, grads = head_gradients(
-            rows[TokenRow.GRAD_TAU] * (tau_max - tau_min), saved, p, keep
-        )
-        grads = [grad_pre.T @ x if want.w1 else x.new_empty((0, 0)), *grads]
+        grad_y, sums = temperature_head_bwd(rows[TokenRow.GRAD_TAU], y, *last)
+        grad_pre, grad_b1 = sigmoid_dropout_bwd(grad_y @ p.w2, dropped, None, dropout)
+        total = HeadSums.of(sums.sum(0))
+        grads = [
+            grad_pre.T @ x if want.w1 else x.new_empty((0, 0)), grad_b1.sum(0), grad_y.T @ dropped,
+            total.grad_b2, total.grad_scaler, total.grad_weight[None], total.grad_bias,
+        ]  # fmt: skip
     taus = torch.where(live, tau, torch.nan) if tempnet else scale.new_empty(0)
     return loss, rows, argmax, taus, grad_hidden, grad_weight, grad_bias, grads

@@ -4,11 +4,15 @@ import torch
 import triton
 import triton.language as tl
 
+from tempnet_kernels.core.fields import Moments
+from tempnet_kernels.core.tempnet import NORM_MIN as LEAST_NORM
 from tempnet_kernels.triton import device_of
 
 BLOCK = 8192
 NUM_WARPS = 16
 MINUS_INF = tl.constexpr(float("-inf"))
+NORM_MIN = tl.constexpr(LEAST_NORM)
+NORMALIZE = {"BLOCK": 4096, "num_warps": 8}
 
 
 @triton.jit
@@ -39,11 +43,28 @@ def moments_kernel(logits_ptr, logits_stride, moments_ptr, n, v, CENTER: tl.cons
     tl.store(moments_ptr + n + i, squares)
     tl.store(moments_ptr + 2 * n + i, total)
     tl.store(moments_ptr + 3 * n + i, count)
+    norm = tl.sqrt_rn(squares)
+    norm = tl.where(norm < NORM_MIN, NORM_MIN, norm)  # keeps NaN
+    tl.store(moments_ptr + 4 * n + i, tl.where(squares == 0, 0.0, tl.div_rn(1.0, norm)))
+
+
+@triton.jit
+def normalize_kernel(logits_ptr, logits_stride, shift_ptr, inverse_ptr, x_ptr, v,
+                     BLOCK: tl.constexpr):  # fmt: skip
+    i = tl.program_id(0).to(tl.int64)
+    shift = tl.load(shift_ptr + i)
+    inverse = tl.load(inverse_ptr + i)
+    for start in range(0, v, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        z = tl.load(logits_ptr + i * logits_stride + columns, mask=columns < v, other=0.0)
+        x = z.to(tl.float32) - shift
+        x = tl.where(x == MINUS_INF, 0.0, x) * inverse
+        tl.store(x_ptr + i * v + columns, x, mask=columns < v)
 
 
 def row_moments(logits, center):
     n, v = logits.shape
-    moments = torch.empty((4, n), dtype=torch.float32, device=logits.device)
+    moments = torch.empty((Moments.FIELDS, n), dtype=torch.float32, device=logits.device)
     if n:
         with device_of(logits):
             moments_kernel[(n,)](
@@ -51,3 +72,15 @@ def row_moments(logits, center):
                 BLOCK=min(BLOCK, max(16, triton.next_power_of_2(v))), num_warps=NUM_WARPS,
             )  # fmt: skip
     return moments
+
+
+def normalized_rows(logits, shift, inverse):
+    n, v = logits.shape
+    x = torch.empty((n, v), dtype=torch.float32, device=logits.device)
+    if n:
+        with device_of(logits):
+            normalize_kernel[(n,)](
+                logits, logits.stride(0), shift.contiguous(), inverse.contiguous(), x, v,
+                **NORMALIZE,
+            )  # fmt: skip
+    return x

@@ -9,6 +9,7 @@
 #include "cuda/dro_cross_entropy_launch.cuh"
 #include "cuda/linear_dro_cross_entropy.cuh"
 #include "cuda/optimal_temperature.cuh"
+#include "cuda/temperature_head.cuh"
 #include "cuda/tempered_softmax.cuh"
 #include "cuda/token_rows.cuh"
 #include "faults.h"
@@ -188,6 +189,58 @@ void optimal_temperature(const std::string& dtype, const py::dict& d, bool hold)
   for_dtype(dtype, [&](auto zero) { launch_temperature<decltype(zero)>(p, hold, 0); });
 }
 
+head::HeadParams head_from(const py::dict& d) {
+  head::HeadParams p{};
+  p.n = d["n"].cast<int64_t>();
+  p.rows = rows_of_block(p.n);
+  p.k = d["k"].cast<int>();
+  p.h = pointer<float>(d, "h");
+  p.norms = pointer<float>(d, "norms");
+  p.scaler = pointer<float>(d, "scaler");
+  p.weight = pointer<float>(d, "weight");
+  p.bias = pointer<float>(d, "bias");
+  p.tau_min = d["tau_min"].cast<float>();
+  p.tau_range = d["tau_range"].cast<float>();
+  p.tau = pointer<float>(d, "tau");
+  p.grad_tau = pointer<float>(d, "grad_tau");
+  p.grad_tau_stride = d["grad_tau_stride"].cast<int64_t>();
+  p.grad_h = pointer<float>(d, "grad_h");
+  p.sums = pointer<float>(d, "sums");
+  return p;
+}
+
+void sigmoid_dropout(const py::dict& d) {
+  head::DropoutParams p{};
+  p.n = d["n"].cast<int64_t>();
+  p.h = d["h"].cast<int>();
+  p.pre = pointer<float>(d, "pre");
+  p.bias = pointer<float>(d, "bias");
+  p.factor = pointer<float>(d, "factor");
+  p.key = pointer<int64_t>(d, "key");
+  p.ids = pointer<int64_t>(d, "ids");
+  p.ids_stride = d["ids_stride"].cast<int64_t>();
+  p.first_row = d["first_row"].cast<int64_t>();
+  const double probability = d["probability"].cast<double>();
+  p.threshold = dropout_threshold(probability);
+  p.scale = float(1 / (1 - probability));
+  p.dropped = pointer<float>(d, "dropped");
+  head::launch_dropout(p, 0);
+}
+
+void sigmoid_dropout_bwd(const py::dict& d) {
+  head::DropoutGradParams p{};
+  p.n = d["n"].cast<int64_t>();
+  p.rows = rows_of_block(p.n);
+  p.h = d["h"].cast<int>();
+  p.grad = pointer<float>(d, "grad");
+  p.dropped = pointer<float>(d, "dropped");
+  p.factor = pointer<float>(d, "factor");
+  p.kept = float(1 - d["probability"].cast<double>());
+  p.grad_pre = pointer<float>(d, "grad_pre");
+  p.sums = pointer<float>(d, "sums");
+  head::launch_dropout_grad(p, 0);
+}
+
 }  // namespace
 }  // namespace tempnet
 
@@ -244,6 +297,20 @@ PYBIND11_MODULE(cuda_emulator, module) {
                                 pointer<void>(d, "logits"), d["stride"].cast<int64_t>(),
                                 pointer<float>(d, "moments")};
     for_dtype(dtype, [&](auto zero) { linear::launch_moments<decltype(zero)>(params, center, 0); });
+  });
+  module.def("normalized_rows", [](const std::string& dtype, const py::dict& d) {
+    const linear::NormalizeParams params{d["n"].cast<int64_t>(),     d["v"].cast<int>(),
+                                         pointer<void>(d, "logits"), d["stride"].cast<int64_t>(),
+                                         pointer<float>(d, "shift"), pointer<float>(d, "inverse"),
+                                         pointer<float>(d, "x")};
+    for_dtype(dtype, [&](auto zero) { linear::launch_normalize<decltype(zero)>(params, 0); });
+  });
+  module.def("sigmoid_dropout", &sigmoid_dropout);
+  module.def("sigmoid_dropout_bwd", &sigmoid_dropout_bwd);
+  module.def("temperature_head",
+             [](const py::dict& d, bool squash) { head::launch_head(head_from(d), squash, 0); });
+  module.def("temperature_head_bwd", [](const py::dict& d, bool squash) {
+    head::launch_head_grad(head_from(d), squash, 0);
   });
   module.def("tempered_softmax", &tempered_softmax);
   module.def("similarity_stats", &similarity_stats);

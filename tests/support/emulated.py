@@ -13,6 +13,8 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+from tempnet_kernels.core.tempnet import row_blocks
+
 ROOT = Path(__file__).parents[2]
 FLAGS = ["-std=c++17", "-O2", "-Wall", "-Wno-unknown-pragmas", "-fPIC", "-shared"]
 FLAGS += ["-fvisibility=hidden", "-DTEMPNET_EMULATED"]
@@ -61,7 +63,70 @@ def shape_params(n, v, stride):
 KERNELS = {"row": 0, "row, two passes": 1, "split": 2}
 
 
-class Operators:
+class HeadOperators:
+    """Stands for the operators of the temperature networks, as ``Operators`` does."""
+
+    def __init__(self, module):
+        self.module = module
+
+    def __call__(self, name, backend):
+        return getattr(self, name)
+
+    def sigmoid_dropout(self, pre, bias, factor, key, ids, first_row, probability):
+        n, h = pre.shape
+        dropped = torch.full((n, h), torch.nan)
+        pre, bias = pre.contiguous(), bias.contiguous()
+        params = {
+            "n": n, "h": h, "pre": pre.data_ptr(), "bias": bias.data_ptr(),
+            "factor": _address(factor), "key": _address(key), "ids": _address(ids),
+            "ids_stride": 0 if ids is None else ids.stride(0), "first_row": first_row,
+            "probability": probability, "dropped": dropped.data_ptr(),
+        }  # fmt: skip
+        self.module.sigmoid_dropout(params)
+        return dropped
+
+    def sigmoid_dropout_bwd(self, grad, dropped, factor, probability):
+        n, h = dropped.shape
+        grad = grad.contiguous()
+        grad_pre = torch.full((n, h), torch.nan)
+        sums = torch.full((row_blocks(n)[0], h), torch.nan)
+        params = {
+            "n": n, "h": h, "grad": grad.data_ptr(), "dropped": dropped.data_ptr(),
+            "factor": _address(factor), "probability": probability,
+            "grad_pre": grad_pre.data_ptr(), "sums": sums.data_ptr(),
+        }  # fmt: skip
+        self.module.sigmoid_dropout_bwd(params)
+        return grad_pre, sums
+
+    def _head(self, h, norms, scaler, weight, bias, squash, tau_min, tau_max):
+        assert h.is_contiguous() and weight.is_contiguous() and h.dtype == torch.float32
+        return {
+            "n": h.shape[0], "k": h.shape[1], "h": h.data_ptr(), "norms": _address(norms),
+            "scaler": scaler.data_ptr(), "weight": weight.data_ptr(), "bias": bias.data_ptr(),
+            "tau_min": tau_min, "tau_range": tau_max - tau_min, "tau": 0, "grad_tau": 0,
+            "grad_tau_stride": 0, "grad_h": 0, "sums": 0,
+        }  # fmt: skip
+
+    def temperature_head(self, h, norms, scaler, weight, bias, squash, *bounds):
+        tau = torch.full(h.shape[:1], torch.nan)
+        params = self._head(h, norms, scaler, weight, bias, squash, *bounds)
+        self.module.temperature_head(params | {"tau": tau.data_ptr()}, squash)
+        return tau
+
+    def temperature_head_bwd(self, grad_tau, h, norms, scaler, weight, bias, squash, *bounds):
+        n, k = h.shape
+        grad_h = torch.full((n, k), torch.nan)
+        width = 2 * k + 2 + (0 if norms is None else k)
+        sums = torch.full((row_blocks(n)[0], width), torch.nan)
+        params = self._head(h, norms, scaler, weight, bias, squash, *bounds) | {
+            "grad_tau": grad_tau.data_ptr(), "grad_tau_stride": grad_tau.stride(0),
+            "grad_h": grad_h.data_ptr(), "sums": sums.data_ptr(),
+        }  # fmt: skip
+        self.module.temperature_head_bwd(params, squash)
+        return grad_h, sums
+
+
+class Operators(HeadOperators):
     """Stands for ``torch.ops.tempnet`` with the emulated kernels under every name.
 
     ``plan`` overrides what the launch plan would choose.
@@ -182,11 +247,19 @@ class Operators:
 
     def row_moments(self, logits, center):
         n, v = logits.shape
-        moments = torch.full((4, n), torch.nan)
+        moments = torch.full((5, n), torch.nan)
         params = {"n": n, "v": v, "logits": logits.data_ptr(), "stride": logits.stride(0)}
         params["moments"] = moments.data_ptr()
         self.module.row_moments(_name(logits), params, center)
         return moments
+
+    def normalized_rows(self, logits, shift, inverse):
+        n, v = logits.shape
+        x = torch.full((n, v), torch.nan)
+        params = {"n": n, "v": v, "logits": logits.data_ptr(), "stride": logits.stride(0)}
+        params |= {"shift": shift.data_ptr(), "inverse": inverse.data_ptr(), "x": x.data_ptr()}
+        self.module.normalized_rows(_name(logits), params)
+        return x
 
     def scale_rows_(self, grad, scale):
         unused = torch.zeros(1, dtype=torch.int64)
@@ -297,22 +370,16 @@ class TemperatureOperators:
 
 # {op: (what stands for its operators, the modules that call them)}
 OPERATORS = {
-    "dro_cross_entropy": (
-        Operators,
-        "ops.dro_cross_entropy",
-        "ops.overwrite",
-        "ops.token_rows",
-    ),
+    "dro_cross_entropy": (Operators, "ops.dro_cross_entropy", "ops.overwrite", "ops.token_rows"),
     "linear_dro_cross_entropy": (
-        Operators,
-        "chunked.linear_dro_cross_entropy",
-        "ops.token_rows",
+        Operators, "chunked.linear_dro_cross_entropy", "core.tempnet", "ops.token_rows",
     ),
     "dro_contrastive": (ContrastiveOperators, "chunked.dro_contrastive"),
     "token_rows": (Operators, "ops.token_rows"),
+    "temperature_head": (HeadOperators, "core.tempnet", "ops.temperature_head"),
     "tempered_softmax": (SoftmaxOperators, "ops.tempered_softmax"),
     "optimal_temperature": (TemperatureOperators, "ops.optimal_temperature"),
-}
+}  # fmt: skip
 
 
 def install(monkeypatch, op, **plan):

@@ -6,6 +6,7 @@ import torch
 from compare import assert_within_twice_plain, definition
 
 from tempnet_kernels import linear_dro_cross_entropy
+from tempnet_kernels.core.dropout import hashed_dropout
 from tempnet_kernels.nn import TempNet
 
 RHO = 2.0
@@ -31,12 +32,29 @@ def network(v, center=None, device=None, dropout=0.0, dtype=torch.float32, hidde
     return net.to(device, dtype)
 
 
+def predicted(net, z):
+    """The temperatures of a TempNet as its formula reads, in the dtype of its parameters."""
+    z = z.detach().to(torch.promote_types(torch.float32, net.scaler.dtype))
+    key = net.dropout_key(z.device)
+    if net.center == "max":
+        z = z - z.amax(1, keepdim=True)
+    z = torch.where(z == -torch.inf, 0, z)
+    x = torch.sigmoid(net.proj[0](torch.nn.functional.normalize(z, dim=1)))
+    if key is not None:
+        rows = torch.arange(z.shape[0], device=z.device)
+        x = x * hashed_dropout(key, rows, x.shape[1], net.proj[2].p, x.dtype)
+    h = net.proj[3](x)
+    w = torch.softmax(h / net.scaler.exp(), 1)
+    t = net.last((w - 1 / h.shape[1]) * h)[:, 0]
+    return net.tau_min + (net.tau_max - net.tau_min) * torch.sigmoid(t)
+
+
 def plain(hidden, weight, bias, target, tau, softcap=None, reduction="mean", **options):
     """The formula as a user writes it, in the dtype of its tensors; tau: rows or a TempNet."""
     z = torch.nn.functional.linear(hidden, weight, bias)
     if softcap:
         z = softcap * torch.tanh(z / softcap)
-    tau = tau(z) if isinstance(tau, torch.nn.Module) else tau
+    tau = predicted(tau, z) if isinstance(tau, torch.nn.Module) else tau
     acc = torch.promote_types(z.dtype, torch.float32)
     z = z.to(acc).clamp_min(-1e30)  # autograd's 0 * -inf would be NaN in d tau
     loss = definition(z, target, tau.to(acc), RHO, **options)

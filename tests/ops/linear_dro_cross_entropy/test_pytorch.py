@@ -41,7 +41,11 @@ def test_opcheck(backend, dtype, device):
     target[1] = 3  # opcheck compares with ==, which NaN statistics fail
     ops, check = torch.ops.tempnet, torch.library.opcheck
     for center in (False, True):
-        check(getattr(ops.row_moments, backend), (hidden @ weight.T, center))
+        logits = hidden @ weight.T
+        check(getattr(ops.row_moments, backend), (logits, center))
+        moments = getattr(ops.row_moments, backend)(logits, center)
+        check(getattr(ops.normalized_rows, backend), (logits, moments[0], moments[4]))
+    key = torch.tensor(5, device=device)
     tau, scale = torch.rand(2, 6, device=device) + 0.5
     tensors = [x.detach() for x in (net.proj[0].weight, *net.head(torch.float32))]
     numbers = (0.5, -100, 0.1, 0.01)
@@ -51,8 +55,9 @@ def test_opcheck(backend, dtype, device):
             check(
                 getattr(ops.linear_dro_cross_entropy_fwd, backend),
                 (
-                    hidden, weight, weight[:, 0].contiguous(), target, tau, scale, network, None,
-                    wants, want_argmax, *numbers, 0.0, 0.5, 2.0, False, fold, 4, False,
+                    hidden, weight, weight[:, 0].contiguous(), target, tau, scale, network,
+                    key if network else None, wants, want_argmax, *numbers, 0.0, 0.5, 2.0, 0.5,
+                    False, fold, 4, False,
                 ),
             )  # fmt: skip
 
@@ -137,7 +142,7 @@ def test_the_loop_does_not_read_results_on_the_host(monkeypatch):
         with torch.no_grad():
             *_, grads = chunked_linear.linear_dro_cross_entropy_fwd(
                 "reference", hidden, weight, None, target, tau, scale, tensors, None, [True] * 5,
-                True, 0.5, -100, 0.1, 0.01, 0.0, 0.5, 2.0, True, True, 4, False,
+                True, 0.5, -100, 0.1, 0.01, 0.0, 0.5, 2.0, 0.0, True, True, 4, False,
             )  # fmt: skip
         assert [g.shape for g in grads] == [t.shape for t in tensors]
 

@@ -339,7 +339,7 @@ def test_row_moments(backend, v, center, dtype, request):
     logits[2, : v - v // 3] = -torch.inf
     logits[3, v // 2] = torch.nan
     operator = chunked_linear._op("row_moments", backend)
-    shift, squares, total, count = operator(logits, center)
+    shift, squares, total, count, inverse = operator(logits, center)
     z = logits.double()
     counted = z != -torch.inf
     exact_shift = torch.where(z.isnan(), -torch.inf, z).amax(1) if center else torch.zeros(5)
@@ -350,7 +350,15 @@ def test_row_moments(backend, v, center, dtype, request):
         torch.testing.assert_close(total.double(), x.sum(1), rtol=1e-5, atol=0, equal_nan=True)
         assert torch.equal(count, counted.sum(1).float())
     torch.testing.assert_close(squares.double(), (x * x).sum(1), rtol=2e-6, atol=0, equal_nan=True)
-    assert squares[3].isnan()
+    torch.testing.assert_close(
+        inverse, torch.where(squares == 0, 0, squares.rsqrt()), rtol=1e-6, atol=0, equal_nan=True
+    )
+    assert squares[3].isnan() and inverse[3].isnan()
+    normalized = chunked_linear._op("normalized_rows", backend)(logits, shift, inverse)
+    expected = torch.where(logits == -torch.inf, 0, logits.float() - shift[:, None])
+    live = [i for i in rows if counted[i].any()]  # of nothing, centred, it is NaN
+    assert torch.equal(normalized[live], (expected * inverse[:, None])[live])
+    assert normalized[3].isnan().all()
 
 
 @pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])
@@ -358,10 +366,11 @@ def test_row_moments_of_one_value(backend, value):
     logits = torch.full((2, 50), value)
     logits[0, 7] = 3.0
     operator = chunked_linear._op("row_moments", backend)
-    shift, squares, _, count = operator(logits, True)
+    shift, squares, _, count, inverse = operator(logits, True)
     if value == -torch.inf:
         assert (shift[0], squares[0], count[0]) == (3, 0, 1)
         assert (shift[1], squares[1], count[1]) == (-torch.inf, 0, 0)
+        assert (inverse == 0).all()
     else:
         assert squares.isnan().all()
 
