@@ -18,6 +18,7 @@ from peers import LINEAR_LOSSES
 from tempnet_kernels import linear_dro_cross_entropy
 from tempnet_kernels.chunked import linear_dro_cross_entropy as chunked_linear
 from tempnet_kernels.core.fields import LinearOptions
+from tempnet_kernels.core.tempnet import Dropout
 from tempnet_kernels.nn import TempNet
 from tempnet_kernels.ops.linear_dro_cross_entropy import CHUNK_BYTES, CHUNK_BYTES_WITHOUT_WEIGHT
 
@@ -149,17 +150,18 @@ def test_tempnet(benchmark, shape):
         return (slice(i, min(n, i + rows)) for i in range(0, n, rows))
 
     options = LinearOptions(
-        RHO, -100, 0.0, 0.0, softcap=0.0, tau_min=0.5, tau_max=2.0, center=False, fold=True,
-        chunk_rows=rows, drop_ignored=False,
+        RHO, -100, 0.0, 0.0, softcap=0.0, tau_min=0.5, tau_max=2.0, dropout=0.5, center=False,
+        fold=True, chunk_rows=rows, drop_ignored=False,
     )  # fmt: skip
 
     def ours(fold):
         kind = chunked_linear.FoldedTempNet if fold else chunked_linear.DirectTempNet
+        key = net.dropout_key(torch.device(DEVICE))
         loop = kind("native", tensors, options, weight, None, True, torch.float32, None)
         for r in chunks():
             count = r.stop - r.start
-            keep = net.dropout_factors((count, 256), DEVICE, torch.float32)
-            _, chunk = loop.temperatures(hidden[r], z[:count], keep)
+            dropout = Dropout(key, options.dropout, None, r.start)
+            _, chunk = loop.temperatures(hidden[r], z[:count], dropout)
             loop.backward(grad_tau[r], chunk)
         return loop.gradients()
 

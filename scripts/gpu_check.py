@@ -65,6 +65,7 @@ class Step(NamedTuple):
 # What smoke.py can be asked for; what has never run on a GPU comes first.
 OPS = (
     "products",
+    "temperature_head",
     "dro_contrastive", "linear_dro_cross_entropy", "tempered_softmax", "optimal_temperature",
     "vocabulary_parts", "modules", "dro_cross_entropy", "large",
 )  # fmt: skip

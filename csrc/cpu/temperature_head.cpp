@@ -40,6 +40,8 @@ struct DropoutRows {
   template <bool kFma>
   static TEMPNET_INLINE void run(const DropoutArgs<T>& args, int64_t begin, int64_t end) {
     const uint64_t mixed_key = args.key ? mix(uint64_t(*args.key)) : 0;
+    const uint32_t threshold = args.threshold;
+    const T scale = args.scale;
     for (int64_t first = 0; first < args.h; first += kColumnBlock) {
       const int64_t count = std::min(kColumnBlock, args.h - first);
       uint32_t columns[kColumnBlock];
@@ -52,17 +54,14 @@ struct DropoutRows {
         const T* bias = args.bias + first;
         T* dropped = args.dropped + i * args.h + first;
         const T factor = args.factor ? args.factor[i] : T(1);
-        if (!args.key) {
 #pragma omp simd
-          for (int64_t j = 0; j < count; ++j) dropped[j] = sigmoid(factor * pre[j] + bias[j]);
-          continue;
-        }
+        for (int64_t j = 0; j < count; ++j) dropped[j] = sigmoid(factor * pre[j] + bias[j]);
+        if (!args.key) continue;
         const int64_t id = args.ids ? args.ids[i * args.ids_stride] : args.first_row + i;
         const uint32_t row = row_hash(mixed_key, id);
 #pragma omp simd
         for (int64_t j = 0; j < count; ++j) {
-          const T mask = is_kept(row, columns[j], args.threshold) ? args.scale : T(0);
-          dropped[j] = sigmoid(factor * pre[j] + bias[j]) * mask;  // a NaN is never dropped
+          dropped[j] *= is_kept(row, columns[j], threshold) ? scale : T(0);  // keeps a NaN
         }
       }
     }

@@ -15,7 +15,6 @@ from tempnet_kernels.core.matmul import add_product, multiply, unit_of, wide_ope
 from tempnet_kernels.core.tempnet import (
     Dropout,
     Head,
-    HeadSums,
     gradients,
     predict,
     row_scaling,
@@ -41,10 +40,11 @@ class _Chunk(NamedTuple):
 class DirectTempNet:
     """Temperatures of chunks of logits, and the network's gradient summed over them.
 
-    ``tensors``: W1 ``[H, V]`` and the head's parameters; ``want_w1``: whether W1 gets a gradient.
+    ``tensors``: W1 ``[H, V]`` and the head's parameters; ``want_w1``: whether W1 gets a gradient;
+    ``rows``: how many there are.
     """
 
-    def __init__(self, backend, tensors, options, weight, bias, want_w1, acc, group):
+    def __init__(self, backend, tensors, options, weight, bias, want_w1, acc, group, rows):
         self.backend, self.options, self.group = backend, options, group
         self.bounds = options.tau_min, options.tau_max
         self.w1, *rest = tensors  # (H, V)
@@ -54,14 +54,15 @@ class DirectTempNet:
         self.dtype = wide_operand(weight[:0]).dtype
         # What temperature_head_bwd and sigmoid_dropout_bwd sum over blocks of rows.
         h = self.w1.shape[0]
-        self.sums = [self.w1.new_empty((0, width), dtype=acc) for width in (2 * h + 2, h)]
-        self.sums = [[empty] for empty in self.sums]
-        self.grad_w2 = torch.zeros_like(self.head.w2)
+        self.sums = [[] if rows else [self.w1.new_empty((0, x), dtype=acc)] for x in (2 * h + 2, h)]
+        # The first chunk's products are written to the gradients, the others' are added.
+        self.fresh, self.begun = True, torch.empty_like if rows else torch.zeros_like
+        self.grad_w2 = self.begun(self.head.w2)
         self._begin()
 
     def _begin(self):
-        shape = self.w1.shape if self.want_w1 else (0, 0)
-        self.grad_w1 = self.w1.new_zeros(shape, dtype=self.acc)
+        like = self.w1 if self.want_w1 else self.w1[:0, :0]
+        self.grad_w1 = self.begun(like, dtype=self.acc)
 
     def temperatures(self, hidden, logits, dropout):
         """(``[n]``, :class:`_Chunk`) of the rows hidden ``[n, D]`` with logits ``[n, V]``."""
@@ -91,21 +92,19 @@ class DirectTempNet:
         )
         for total, part in zip(self.sums, sums, strict=True):
             total.append(part)
-        add_product(self.grad_w2, grad_h.T, dropped)
+        add_product(self.grad_w2, grad_h.T, dropped, self.fresh)
         if self.want_w1:
             self._add_first_layer(grad_pre, chunk)
+        self.fresh = False
 
     def _add_first_layer(self, grad_pre, chunk):
-        add_product(self.grad_w1, grad_pre.T.to(self.dtype), chunk.input)
+        add_product(self.grad_w1, grad_pre.T.to(self.dtype), chunk.input, self.fresh)
 
     def gradients(self):
-        """Of W1, empty where it is not wanted, and of the head's parameters."""
-        sums, grad_b1 = (torch.cat(parts).sum(0) for parts in self.sums)
-        total = HeadSums.of(sums)
-        return [
-            self.grad_w1, grad_b1, self.grad_w2, total.grad_b2, total.grad_scaler,
-            total.grad_weight[None], total.grad_bias,
-        ]  # fmt: skip
+        """Of W1, empty where it is not wanted, and W2; then :class:`HeadSums` and the gradient of
+        b1, one after the other."""
+        sums = torch.cat([_cat(parts, 0) for parts in self.sums], 1).sum(0)
+        return [self.grad_w1, self.grad_w2, sums]
 
 
 class FoldedTempNet(DirectTempNet):
@@ -134,7 +133,7 @@ class FoldedTempNet(DirectTempNet):
                 all_sum_(x, self.group)
         self.folded = folded.to(self.dtype)  # (H, D)
         if self.want_w1:
-            self.grad_folded = torch.zeros_like(folded)
+            self.grad_folded = self.begun(folded)
             self.grad_of_bias = folded.new_zeros(h)
             self.grad_of_ones = folded.new_zeros(h)
 
@@ -157,7 +156,7 @@ class FoldedTempNet(DirectTempNet):
         return x, pre, inverse
 
     def _add_first_layer(self, grad_pre, chunk):
-        add_product(self.grad_folded, grad_pre.T.to(self.dtype), chunk.input)
+        add_product(self.grad_folded, grad_pre.T.to(self.dtype), chunk.input, self.fresh)
         if self.bias is not None:
             self.grad_of_bias += grad_pre.sum(0)
         if self.options.center:
@@ -202,25 +201,26 @@ def linear_dro_cross_entropy_fwd(
     (n, d), v = hidden.shape, weight.shape[0]
     acc = accumulation_dtype(hidden.dtype)
     ignore_index, softcap = options.ignore_index, options.softcap
-    check_target(target, columns_of(v, group)[1], ignore_index, "linear_dro_cross_entropy")
+    vocab_size = columns_of(v, group)[1]
+    all_live = check_target(target, vocab_size, ignore_index, "linear_dro_cross_entropy")
 
-    live = target != ignore_index
+    live = None if all_live else target != ignore_index
     index = None
-    if options.drop_ignored and live.all():
-        live = None
-    elif options.drop_ignored:
+    if options.drop_ignored and live is not None:
         index = live.nonzero()[:, 0]
+        if index.numel() == n:
+            index = live = None
     count = n if index is None else index.numel()
     # Every one of its rows is written, but for those that are left out.
     new = hidden.new_empty if index is None else hidden.new_zeros
     grad_hidden = new((n if want.hidden else 0, d))
     new = weight.new_empty if count else weight.new_zeros
     grad_weight = new((v if want.weight else 0, d), dtype=acc)
-    grad_bias = weight.new_zeros(v if want.bias else 0, dtype=acc)
+    grad_bias = (weight.new_zeros if want.bias else weight.new_empty)(v * want.bias, dtype=acc)
     net = None
     if tempnet:
         kind = FoldedTempNet if options.fold else DirectTempNet
-        net = kind(backend, tempnet, options, weight, bias, want.w1, acc, group)
+        net = kind(backend, tempnet, options, weight, bias, want.w1, acc, group, count)
     ratio = scale / unit_of(scale) if hidden.dtype == torch.float16 else None
 
     chunk_rows = min(options.chunk_rows, count)
@@ -290,5 +290,5 @@ def linear_dro_cross_entropy_fwd(
     return loss, rows, argmax, taus, grad_hidden, grad_weight, grad_bias, grads_tempnet
 
 
-def _cat(parts):
-    return parts[0] if len(parts) == 1 or not parts[0].numel() else torch.cat(parts, -1)
+def _cat(parts, dim=-1):
+    return parts[0] if len(parts) == 1 or not parts[0].numel() else torch.cat(parts, dim)

@@ -36,9 +36,9 @@ def unit_columns(rows):
 
 def check_target(target, vocab_size, ignore_index, function="dro_cross_entropy"):
     """Raise IndexError for the first bad row of a target on the CPU; on a GPU that would wait for
-    it."""
+    it. Returns whether it is known that no row is ignored."""
     if target.device.type != "cpu" or not target.numel():
-        return
+        return False
     if not torch.compiler.is_compiling():
         least, most = (int(x) for x in torch.aminmax(target))
         if least >= 0 and most < vocab_size:
@@ -50,6 +50,7 @@ def check_target(target, vocab_size, ignore_index, function="dro_cross_entropy")
             f"{function}: target[{row}] must be in [0, {vocab_size}) or "
             f"ignore_index={ignore_index}, got {int(target[row])}"
         )
+    return False
 
 
 def check_like(function, argument, tensor, shape, device):

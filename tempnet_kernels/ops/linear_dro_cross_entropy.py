@@ -37,6 +37,7 @@ from tempnet_kernels.core.fields import (
 )
 from tempnet_kernels.core.matmul import unit_of
 from tempnet_kernels.core.register import Backend
+from tempnet_kernels.core.tempnet import HeadSums
 from tempnet_kernels.ops.linear_arguments import check_layer, check_same_on_every_rank
 from tempnet_kernels.ops.token_rows import (
     LinearKeywords,
@@ -217,10 +218,12 @@ def _loss(
     flat = hidden.reshape(-1, d)  # (N, D)
     rows_target = target.reshape(-1)  # (N,)
     n = rows_target.shape[0]
-    rows_tau = temperatures(name, "tau", tau, tuple(target.shape), device, acc)  # (N,)
     scale, total = row_scale(
         rows_target, row_weight, normalizer, ignore_index, reduction, acc, chosen
     )  # (N,), (1,) or None
+    rows_tau = scale.detach()  # (N,), which is not read where the tempnet makes them
+    if tempnet is None:
+        rows_tau = temperatures(name, "tau", tau, tuple(target.shape), device, acc)
 
     def wanted(x):
         return torch.is_grad_enabled() and x is not None and x.requires_grad
@@ -339,12 +342,23 @@ class _LinearDROCrossEntropy(torch.autograd.Function):
         if ctx.dtypes[0] == torch.float16:
             unit = factor * unit_of(row_scale)
             factors[:3] = [factor * row_scale, unit, unit]
+        for grad, by in zip(grads, factors, strict=True):
+            _multiply(grad, by, ctx.backend)
+        finished = grads[:3] or [None] * 3
+        if len(grads) > 3:
+            grad_w1, grad_w2, sums = grads[3:]
+            grad_b1 = sums[-grad_w2.shape[0] :]
+            total = HeadSums.of(sums[: -grad_w2.shape[0]])
+            finished += [
+                grad_w1, grad_b1, grad_w2, total.grad_b2, total.grad_scaler,
+                total.grad_weight[None], total.grad_bias,
+            ]  # fmt: skip
         wanted = (*needed[:3], *needed[_TEMPNET:])
+        finished += [None] * (len(wanted) - len(finished))
         finished = [
-            _times(grad, by, dtype, ctx.backend) if want else None
-            for grad, by, dtype, want in zip(grads, factors, ctx.dtypes, wanted, strict=False)
+            grad.to(dtype) if want and grad is not None else None
+            for grad, dtype, want in zip(finished, ctx.dtypes, wanted, strict=True)
         ]
-        finished += [None] * (len(wanted) - len(finished))  # no gradient of the TempNet is wanted
         grad_tau = grad_loss * rows[TokenRow.GRAD_TAU] if needed[3] else None
         grad_scale = grad_loss * rows[TokenRow.LOSS] if needed[4] else None
         return *finished[:3], grad_tau, grad_scale, *[None] * (_TEMPNET - 5), *finished[3:]
@@ -353,11 +367,11 @@ class _LinearDROCrossEntropy(torch.autograd.Function):
 _apply_across_ranks = outside_graphs(_LinearDROCrossEntropy.apply)
 
 
-def _times(grad, factor, dtype, backend):
-    """``grad * factor`` in ``dtype``, by writing to ``grad``."""
-    by_rows = grad if grad.dim() == 2 else grad[None]
-    _op("scale_rows_", backend)(by_rows, factor.expand(by_rows.shape[0]))
-    return grad.to(dtype)
+def _multiply(grad, factor, backend):
+    """``grad *= factor``, one number or one for each row."""
+    if grad.numel():
+        by_rows = grad if grad.dim() == 2 else grad[None]
+        _op("scale_rows_", backend)(by_rows, factor.expand(by_rows.shape[0]))
 
 
 def _fake_row_moments(logits, center):
@@ -379,7 +393,9 @@ def _fake_fwd(
     grad_dtype = acc if hidden.dtype == torch.float16 else hidden.dtype
     grads = []
     if want.tempnet:
-        shapes = [tempnet[0].shape if want.w1 else (0, 0), *(p.shape for p in tempnet[1:])]
+        w1, b1, w2, *_ = tempnet
+        h = b1.shape[0]
+        shapes = [w1.shape if want.w1 else (0, 0), w2.shape, (3 * h + 2,)]
         grads = [scale.new_empty(shape) for shape in shapes]
     return (
         scale.new_empty(n),
@@ -410,7 +426,8 @@ register.define(
 # last.bias, or nothing; dropout_key: of sigmoid_dropout, whose ids are the rows' numbers. wants:
 # LinearWants. Returns scale * loss [N], rows [6, N], argmax, the TempNet's temperatures [N] (NaN in
 # ignored rows), and the gradients; for float16 that of hidden lacks the factor scale of its row,
-# those of weight and bias the factor unit_of(scale). The TempNet's are in the accumulation dtype.
+# those of weight and bias the factor unit_of(scale). The TempNet's are those of W1 and W2, and
+# HeadSums before that of b1, in the accumulation dtype.
 register.define(
     "linear_dro_cross_entropy_fwd(Tensor hidden, Tensor weight, Tensor? bias, Tensor target, "
     "Tensor tau, Tensor scale, Tensor[] tempnet, Tensor? dropout_key, bool[] wants, "

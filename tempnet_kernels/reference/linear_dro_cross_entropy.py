@@ -5,7 +5,7 @@ import torch
 from tempnet_kernels.core.checks import check_target
 from tempnet_kernels.core.fields import LinearOptions, LinearWants, TokenRow, accumulation_dtype
 from tempnet_kernels.core.matmul import unit_of
-from tempnet_kernels.core.tempnet import Head, HeadSums, inverse_norm
+from tempnet_kernels.core.tempnet import Head, inverse_norm
 from tempnet_kernels.reference.dro_cross_entropy import dro_cross_entropy_fwd
 from tempnet_kernels.reference.temperature_head import (
     sigmoid_dropout,
@@ -73,10 +73,9 @@ def linear_dro_cross_entropy_fwd(
     if want.tempnet:
         grad_y, sums = temperature_head_bwd(rows[TokenRow.GRAD_TAU], y, *last)
         grad_pre, grad_b1 = sigmoid_dropout_bwd(grad_y @ p.w2, dropped, None, dropout)
-        total = HeadSums.of(sums.sum(0))
         grads = [
-            grad_pre.T @ x if want.w1 else x.new_empty((0, 0)), grad_b1.sum(0), grad_y.T @ dropped,
-            total.grad_b2, total.grad_scaler, total.grad_weight[None], total.grad_bias,
+            grad_pre.T @ x if want.w1 else x.new_empty((0, 0)), grad_y.T @ dropped,
+            torch.cat([sums, grad_b1], 1).sum(0),
         ]  # fmt: skip
     taus = torch.where(live, tau, torch.nan) if tempnet else scale.new_empty(0)
     return loss, rows, argmax, taus, grad_hidden, grad_weight, grad_bias, grads

@@ -38,7 +38,7 @@ def _mix(x):
 
 @triton.jit
 def dropout_kernel(
-    pre_ptr, bias_ptr, factor_ptr, key_ptr, ids_ptr, ids_stride, first_row, dropped_ptr, n, h,
+    pre_ptr, bias_ptr, factor_ptr, key_ptr, row_ids_ptr, ids_stride, first_row, dropped_ptr, n, h,
     threshold, scale, HAS_FACTOR: tl.constexpr, HAS_KEY: tl.constexpr, HAS_IDS: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -53,7 +53,9 @@ def dropout_kernel(
     if HAS_KEY:
         # The mask of tempnet_kernels/core/dropout.py.
         key = tl.load(key_ptr + tl.zeros([ROWS], tl.int32)).to(tl.uint64)
-        ids = tl.load(ids_ptr + i * ids_stride, mask=i < n, other=0) if HAS_IDS else first_row + i
+        ids = i + first_row
+        if HAS_IDS:
+            ids = tl.load(row_ids_ptr + i * ids_stride, mask=i < n, other=0)
         rows = _mix(_mix(key) ^ ids.to(tl.uint64)).to(tl.uint32)
         columns = _mix(j.to(tl.uint64)).to(tl.uint32)
         bits = rows[:, None] + columns[None, :]
@@ -98,9 +100,10 @@ def _parameters(norms_ptr, scaler_ptr, weight_ptr, j, k, HAS_NORMS: tl.constexpr
 
 @triton.jit
 def _row(
-    h_ptr, norms, temperature, weight, bias, j, k, HAS_NORMS: tl.constexpr, SQUASH: tl.constexpr
-):
-    """(q - its maximum, w, w - 1/K, f, share of the range, sum_k weight_k w_k f_k)."""
+    h_ptr, norms, temperature, weight, bias, j, k, uniform, HAS_NORMS: tl.constexpr,
+    SQUASH: tl.constexpr,
+):  # fmt: skip
+    """(q, q - its maximum, w, w - 1/K, f, share of the range, sum_k weight_k w_k f_k)."""
     q = tl.load(h_ptr + j, mask=j < k, other=float("-inf"))
     if HAS_NORMS:
         q = tl.div_rn(q, norms)
@@ -109,14 +112,14 @@ def _row(
     w = tl.div_rn(e, tl.sum(e, 0))
     q = tl.where(j < k, q, 0.0)
     f = _sigmoid(q) if SQUASH else q
-    deviation = w - tl.div_rn(1.0, k.to(tl.float32))
+    deviation = w - uniform
     t = tl.sum(deviation * weight * f, 0) + bias
     return q, centred, w, deviation, f, _sigmoid(t), tl.sum(w * weight * f, 0)
 
 
 @triton.jit
 def head_kernel(
-    h_ptr, norms_ptr, scaler_ptr, weight_ptr, bias_ptr, tau_ptr, k, tau_min, tau_range,
+    h_ptr, norms_ptr, scaler_ptr, weight_ptr, bias_ptr, tau_ptr, k, uniform, tau_min, tau_range,
     HAS_NORMS: tl.constexpr, SQUASH: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
@@ -124,7 +127,7 @@ def head_kernel(
     norms, temperature, weight = _parameters(norms_ptr, scaler_ptr, weight_ptr, j, k, HAS_NORMS)
     bias = tl.load(bias_ptr)
     _, _, _, _, _, share, _ = _row(
-        h_ptr + i * k, norms, temperature, weight, bias, j, k, HAS_NORMS, SQUASH
+        h_ptr + i * k, norms, temperature, weight, bias, j, k, uniform, HAS_NORMS, SQUASH
     )
     tl.store(tau_ptr + i, tau_min + tau_range * share)
 
@@ -132,7 +135,7 @@ def head_kernel(
 @triton.jit
 def head_grad_kernel(
     grad_tau_ptr, grad_tau_stride, h_ptr, norms_ptr, scaler_ptr, weight_ptr, bias_ptr, grad_h_ptr,
-    sums_ptr, n, k, width, rows, tau_range, HAS_NORMS: tl.constexpr, SQUASH: tl.constexpr,
+    sums_ptr, n, k, uniform, width, rows, tau_range, HAS_NORMS: tl.constexpr, SQUASH: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
@@ -146,7 +149,7 @@ def head_grad_kernel(
     sum_bias = 0.0
     for i in range(b * rows, tl.minimum(b * rows + rows, n)):
         q, centred, w, deviation, f, share, mixed = _row(
-            h_ptr + i * k, norms, temperature, weight, bias, j, k, HAS_NORMS, SQUASH
+            h_ptr + i * k, norms, temperature, weight, bias, j, k, uniform, HAS_NORMS, SQUASH
         )
         grad_t = tl.load(grad_tau_ptr + i * grad_tau_stride) * tau_range * share * (1 - share)
         grad_x = tl.div_rn(grad_t * w * (weight * f - mixed), temperature)  # of q, through w
@@ -210,8 +213,8 @@ def temperature_head(h, norms, scaler, weight, bias, squash, tau_min, tau_max):
     if n:
         with device_of(h):
             head_kernel[(n,)](
-                h.contiguous(), _or(norms, h), scaler, weight.contiguous(), bias, tau, k, tau_min,
-                tau_max - tau_min, HAS_NORMS=norms is not None, SQUASH=squash, BLOCK=block,
+                h.contiguous(), _or(norms, h), scaler, weight.contiguous(), bias, tau, k, 1 / k,
+                tau_min, tau_max - tau_min, HAS_NORMS=norms is not None, SQUASH=squash, BLOCK=block,
                 num_warps=num_warps,
             )  # fmt: skip
     return tau
@@ -228,8 +231,9 @@ def temperature_head_bwd(grad_tau, h, norms, scaler, weight, bias, squash, tau_m
         with device_of(h):
             head_grad_kernel[(blocks,)](
                 grad_tau, grad_tau.stride(0), h.contiguous(), _or(norms, h), scaler,
-                weight.contiguous(), bias, grad_h, sums, n, k, width, rows, tau_max - tau_min,
-                HAS_NORMS=norms is not None, SQUASH=squash, BLOCK=block, num_warps=num_warps,
+                weight.contiguous(), bias, grad_h, sums, n, k, 1 / k, width, rows,
+                tau_max - tau_min, HAS_NORMS=norms is not None, SQUASH=squash, BLOCK=block,
+                num_warps=num_warps,
             )  # fmt: skip
     return grad_h, sums
 

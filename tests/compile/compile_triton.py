@@ -16,6 +16,7 @@ from tempnet_kernels.triton import dro_contrastive as contrastive
 from tempnet_kernels.triton import dro_cross_entropy as token
 from tempnet_kernels.triton import linear_dro_cross_entropy as linear
 from tempnet_kernels.triton import optimal_temperature as temperature
+from tempnet_kernels.triton import temperature_head as head
 from tempnet_kernels.triton import tempered_softmax as softmax
 from tempnet_kernels.triton import token_rows
 
@@ -24,10 +25,15 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 POINTERS = {
     "logits_ptr": "*{dtype}", "grad_ptr": "*{dtype}", "weights_ptr": "*{dtype}",
     "target_ptr": "*i64", "argmax_ptr": "*i64", "positive_ptr": "*i64", "ids_ptr": "*i32",
-    "mask_ptr": "*i1", "iterations_ptr": "*i32",
+    "mask_ptr": "*i1", "iterations_ptr": "*i32", "key_ptr": "*i64", "row_ids_ptr": "*i64",
     "out_ptr": "*{dtype}", "upstream_ptr": "*{dtype}",
 }  # the others: *fp32  # fmt: skip
 FLOATS = ("divisor", "rho", "log_v", "label_smoothing", "z_loss", "tau_min", "tau_max")
+FLOATS += ("tau_range", "scale", "kept", "uniform")
+WITHOUT_EXPONENTIALS = (
+    token.scale_kernel, linear.moments_kernel, linear.normalize_kernel, head.dropout_grad_kernel,
+    token_rows.scale_kernel, token_rows.sum_kernel,
+)  # fmt: skip
 ONES = ("target_stride", "tau_stride", "scale_stride", "rho_stride")
 # Multiples of 16 where the launch is aligned.
 ALIGNED = (
@@ -90,6 +96,24 @@ def linear_loss():
         for center in (False, True):
             flags = {"CENTER": center, "BLOCK": linear.BLOCK}
             yield "V=128256", linear.moments_kernel, flags, linear.NUM_WARPS, dtype, True
+        flags, num_warps = {"BLOCK": linear.NORMALIZE["BLOCK"]}, linear.NORMALIZE["num_warps"]
+        yield "V=128256", linear.normalize_kernel, flags, num_warps, dtype, True
+
+
+def temperature_networks():
+    for width in (256, 1000):
+        end = ("fp32", width % 16 == 0)
+        for has in (False, True):
+            for flags in (head.DROPOUT, head.DROPOUT_GRAD):
+                flags, num_warps = dict(flags), flags["num_warps"]
+                del flags["num_warps"]
+                kernel = head.dropout_kernel if "ROWS" in flags else head.dropout_grad_kernel
+                given = {name: has for name in kernel.arg_names if name.startswith("HAS_")}
+                yield f"K={width}", kernel, {**given, **flags}, num_warps, *end
+            block, num_warps = head.head_config(width)
+            flags = {"HAS_NORMS": has, "SQUASH": has, "BLOCK": block}
+            for kernel in (head.head_kernel, head.head_grad_kernel):
+                yield f"K={width}", kernel, flags, num_warps, *end
 
 
 def tempered_softmax():
@@ -131,12 +155,6 @@ def source(kernel, constexprs, dtype, aligned):
     return ASTSource(kernel, signature, constexprs, attributes)
 
 
-# Kernels without an exponential.
-WITHOUT = (
-    token.scale_kernel, linear.moments_kernel, token_rows.scale_kernel, token_rows.sum_kernel,
-)  # fmt: skip
-
-
 def resources(cubin):
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
@@ -166,7 +184,7 @@ def compile_one(target, kernel, constexprs, num_warps, dtype, aligned):
     return {
         "registers": registers,
         "spills": local + stack,
-        "exponentials": exponentials or kernel in WITHOUT,
+        "exponentials": exponentials or kernel in WITHOUT_EXPONENTIALS,
         "clamped_exponentials": bounded,
         "exact_divisions": len(re.findall(r"div\.rn\.f32", ptx)),
         "approximate_divisions": len(re.findall(r"(?:div\.(?:full|approx)|rcp\.approx)", ptx)),
@@ -177,8 +195,10 @@ def compile_one(target, kernel, constexprs, num_warps, dtype, aligned):
 def main(architecture):
     target = GPUTarget("cuda", architecture, 32)
     report, seen = [], {}
-    ops = token_loss, contrastive_loss, linear_loss, tempered_softmax, optimal_temperature
-    for op in (*ops, rows_of_tokens):
+    for op in (
+        token_loss, contrastive_loss, linear_loss, temperature_networks, tempered_softmax,
+        optimal_temperature, rows_of_tokens,
+    ):  # fmt: skip
         for shape, kernel, constexprs, *rest in op():
             # Only a shape that changes what is compiled is compiled again.
             key = (kernel.fn.__name__, *constexprs.values(), *rest)

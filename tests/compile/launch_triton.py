@@ -14,6 +14,7 @@ from tempnet_kernels.triton import dro_contrastive as contrastive
 from tempnet_kernels.triton import dro_cross_entropy as token
 from tempnet_kernels.triton import linear_dro_cross_entropy as linear
 from tempnet_kernels.triton import optimal_temperature as temperature
+from tempnet_kernels.triton import temperature_head as head
 from tempnet_kernels.triton import tempered_softmax as softmax
 from tempnet_kernels.triton import token_rows
 
@@ -63,7 +64,8 @@ def of_logits(n, v, stride, dtype, per_row, index):
             )
             args = (target, per_row, per_row, empty(6, n), *options, 0.0, *columns)
             token.dro_cross_entropy_bwd_(logits, *args)
-        linear.row_moments(logits, extras)
+        moments = linear.row_moments(logits, extras)
+        linear.normalized_rows(logits, moments[0], moments[4])
         token.scale_rows_(logits, per_row)
         for normalizer in (None, empty(1)):
             token_rows.row_scale(
@@ -88,12 +90,27 @@ def of_similarities(height, width, has_ids, has_mask, include_positive):
     contrastive.similarity_weights_(weights, similarity, *begin, empty(3, m), empty(3, n), *rest)
 
 
+def of_networks(n, k, first_row):
+    """With a key and ids, or neither; normalised prototypes, or not."""
+    rows, last = empty(n, k), (empty(1), empty(1, k), empty(1))
+    key, ids = empty(dtype=torch.int64), empty(2 * n, dtype=torch.int64)[::2]
+    for given in ((empty(n), key, ids), (None, key, None), (None, None, None)):
+        dropped = head.sigmoid_dropout(rows, empty(k), *given, first_row, 0.5)
+        head.sigmoid_dropout_bwd(rows, dropped, given[0], 0.0 if given[1] is None else 0.5)
+    for norms, squash in ((None, False), (empty(k), True)):
+        head.temperature_head(rows, norms, *last, squash, 0.5, 2.0)
+        for grad_tau in (empty().expand(n), empty(3 * n)[::3]):
+            head.temperature_head_bwd(grad_tau, rows, norms, *last, squash, 0.5, 2.0)
+
+
 driver.set_active(NoDevice())
 JITFunction.run = compile_only(JITFunction.run)
 for shape, dtype in zip(SHAPES, (torch.float32, torch.float16, torch.bfloat16), strict=True):
     of_logits(*shape, dtype, empty().expand(shape[0]), torch.int64)
 of_logits(7, 33, 48, torch.float32, empty(7, 3)[:, 0], torch.int32)
 of_logits(0, 33, 33, torch.float32, empty(0), torch.int64)  # launches nothing
+for n, k, first_row in ((1, 1, 1), (7, 33, 2**33), (4100, 256, 0), (0, 5, 0)):
+    of_networks(n, k, first_row)
 for tile, ids, mask, include in product(TILES, *[(False, True)] * 3):
     of_similarities(*tile, ids, mask, include)
 print(len(compiled))

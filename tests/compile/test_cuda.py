@@ -42,7 +42,7 @@ def token_loss(compiled):
 def compiled():
     """{(source, architecture): kernels, of :func:`cuda_build.kernels`}"""
     found = cuda_build.kernels()
-    assert len(found) == 5 * len(ARCHITECTURES)
+    assert len(found) == 6 * len(ARCHITECTURES)
     for (_, architecture), kernels in found.items():
         for kernel, arguments, registers, spilled in kernels:
             print(f"sm_{architecture} {kernel} {arguments} {registers} registers {spilled} spilled")
@@ -91,8 +91,19 @@ def test_contrastive_kernels_do_not_spill(compiled, architecture):
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_moments_kernels_do_not_spill(compiled, architecture):
     kernels = compiled["linear_dro_cross_entropy", architecture]
-    assert len({arguments for _, arguments, *_ in kernels}) == 3 * 2  # types, center
+    # moments: 3 types x 2; normalize: 3.
+    assert len({(kernel, arguments) for kernel, arguments, *_ in kernels}) == 6 + 3
     for kernel, arguments, registers, spilled in kernels:
+        assert (registers <= 64, spilled) == (True, 0), (kernel, arguments, registers)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_of_the_temperature_networks_do_not_spill(compiled, architecture):
+    kernels = compiled["temperature_head", architecture]
+    # sigmoid_dropout and its gradient; head and its gradient: squashed or not.
+    assert len({(kernel, arguments) for kernel, arguments, *_ in kernels}) == 2 + 4
+    for kernel, arguments, registers, spilled in kernels:
+        # 256 threads x 64 registers: four CTAs fit on a multiprocessor.
         assert (registers <= 64, spilled) == (True, 0), (kernel, arguments, registers)
 
 

@@ -102,6 +102,38 @@ def softmax_cases(device):
             yield from pairs_of(label, make, functools.partial(softmax, function), device)
 
 
+def network_cases(device):
+    """The temperature networks around their matrix products."""
+
+    def rows(n, k, dtype):
+        key = torch.tensor(-(1 << 61) + 12345)
+        floats = {
+            "pre": 3 * torch.randn(n, k), "bias": torch.randn(k), "factor": torch.rand(n) + 0.5,
+            "norms": torch.rand(k) + 0.5, "scaler": torch.tensor([-1.0]),
+            "weight": torch.randn(1, k), "last": torch.tensor([0.3]), "upstream": torch.randn(n),
+        }  # fmt: skip
+        return {**floats, "key": key, "ids": torch.randint(1 << 62, (n,))}, {}
+
+    def network(squash, x, backend):
+        op = functools.partial(register.operator, backend=backend)
+        drawn = (x["factor"], x["key"], x["ids"]) if squash else (None, x["key"], None)
+        dropped = op("sigmoid_dropout")(x["pre"], x["bias"], *drawn, 1 << 40, 0.3)
+        last = x["norms"] if squash else None, x["scaler"], x["weight"], x["last"], squash, 0.5, 2.0
+        tau = op("temperature_head")(x["pre"], *last)
+        grad_h, sums = op("temperature_head_bwd")(x["upstream"], x["pre"], *last)
+        grad_pre, grad_bias = op("sigmoid_dropout_bwd")(grad_h, dropped, drawn[0], 0.3)
+        return {
+            "dropped": dropped, "kept": dropped != 0, "tau": tau, "grad_h": grad_h,
+            "sums": sums.sum(0), "grad_pre": grad_pre, "grad_bias": grad_bias.sum(0),
+        }  # fmt: skip
+
+    shapes = [(7, 33), (40, 300)] if device == "cpu" else [(7, 33), (150, 256), (20000, 256)]
+    for (n, k), squash in itertools.product(shapes, (False, True)):
+        label = f"temperature network ({n}, {k}) {'squashed' if squash else 'as it is'}"
+        make, function = functools.partial(rows, n, k), functools.partial(network, squash)
+        yield from pairs_of(label, make, function, device, DTYPES[:1])
+
+
 def solver_cases(device):
     """KL(tau) and not tau is compared: a flat KL leaves tau open."""
 
@@ -312,6 +344,7 @@ CASES = {
     "linear_dro_cross_entropy": linear_cases,
     "tempered_softmax": softmax_cases,
     "optimal_temperature": solver_cases,
+    "temperature_head": network_cases,
     "vocabulary_parts": vocabulary_cases,
     "modules": module_cases,
     "dro_cross_entropy": token_cases,

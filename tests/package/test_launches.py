@@ -14,6 +14,11 @@ MOST = {
     "optimal_temperature": 2,
     "linear_dro_cross_entropy": 12 + 5,
     "linear_dro_cross_entropy, 8 chunks": 12 + 5 * CHUNKS,
+    "linear_dro_cross_entropy, TempNet": 28 + 14,
+    "linear_dro_cross_entropy, TempNet, 8 chunks": 28 + 14 * CHUNKS,
+    "TempNet": 18,
+    "TempNetCrossEntropyLoss": 24,
+    "TempNetCausalLMLoss": 25,
 }
 
 

@@ -20,11 +20,12 @@ SOURCES = {
     "contrastive": "dro_contrastive",
     "linear": "linear_dro_cross_entropy",
     "softmax": "tempered_softmax",
+    "head": "temperature_head",
     None: "dro_cross_entropy",
 }
 KERNEL = re.compile(
-    r"Compiling entry function '\w*?device(?:\d+(contrastive|linear|softmax))?"
-    r"\d+(\w+?_kernel)I(\w+?)vNS\d_\d+\w*ParamsE' for 'sm_(\w+)'.*?"
+    r"Compiling entry function '\w*?device(?:\d+(contrastive|linear|softmax|head))?"
+    r"\d+(\w+?_kernel)(?:I(\w+?)v|E)NS\d_\d+\w*ParamsE' for 'sm_(\w+)'.*?"
     r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
     re.S,
 )
