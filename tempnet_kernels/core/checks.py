@@ -42,7 +42,7 @@ def check_target(target, vocab_size, ignore_index, function="dro_cross_entropy")
     if not torch.compiler.is_compiling():
         least, most = (int(x) for x in torch.aminmax(target))
         if least >= 0 and most < vocab_size:
-            return
+            return not least <= ignore_index <= most
     bad = (target != ignore_index) & ((target < 0) | (target >= vocab_size))
     if bad.any():
         row = int(bad.nonzero()[0])
