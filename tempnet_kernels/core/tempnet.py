@@ -56,8 +56,8 @@ class HeadSums(NamedTuple):
 
 
 def row_blocks(n):
-    """(number of blocks, rows of a block) of the sums over ``n`` rows: at most 257 blocks. They
-    depend on nothing else, so that every backend and every number of threads adds in one order;
+    """(number of blocks, rows of a block) of the sums over ``n`` rows: some 256 blocks at most.
+    They depend on nothing else, so that every number of threads adds in one order;
     csrc/temperature_head.h has the same."""
     rows = 8 * (n // 2049 + 1)
     return (n + rows - 1) // rows, rows
