@@ -31,13 +31,13 @@ from tempnet_kernels.core.collectives import outside_graphs, several
 from tempnet_kernels.core.fields import (
     LinearOptions,
     LinearWants,
-    Moments,
     TokenRow,
     accumulation_dtype,
 )
 from tempnet_kernels.core.matmul import unit_of
 from tempnet_kernels.core.register import Backend
 from tempnet_kernels.core.tempnet import HeadSums
+from tempnet_kernels.ops import temperature_head  # noqa: F401 - its operators
 from tempnet_kernels.ops.linear_arguments import check_layer, check_same_on_every_rank
 from tempnet_kernels.ops.token_rows import (
     LinearKeywords,
@@ -374,16 +374,6 @@ def _multiply(grad, factor, backend):
         _op("scale_rows_", backend)(by_rows, factor.expand(by_rows.shape[0]))
 
 
-def _fake_row_moments(logits, center):
-    return logits.new_empty(
-        (Moments.FIELDS, logits.shape[0]), dtype=accumulation_dtype(logits.dtype)
-    )
-
-
-def _fake_normalized_rows(logits, shift, inverse):
-    return logits.new_empty(logits.shape, dtype=accumulation_dtype(logits.dtype))
-
-
 def _fake_fwd(
     hidden, weight, bias, target, tau, scale, tempnet, dropout_key, wants, want_argmax, *options
 ):
@@ -409,18 +399,6 @@ def _fake_fwd(
     )
 
 
-# logits [N, V] with column stride 1 -> Moments [5, N] in the accumulation dtype.
-register.define(
-    "row_moments(Tensor logits, bool center) -> Tensor",
-    _fake_row_moments,
-    "linear_dro_cross_entropy",
-)
-# The same logits, shift and inverse [N] -> (logits - shift) * inverse [N, V]; a -inf counts as 0.
-register.define(
-    "normalized_rows(Tensor logits, Tensor shift, Tensor inverse) -> Tensor",
-    _fake_normalized_rows,
-    "linear_dro_cross_entropy",
-)
 # hidden [N, D], weight [V, D], bias [V] of one dtype; target, tau (not read with a TempNet) and
 # scale [N] as in dro_cross_entropy_fwd. tempnet: W1 [H, V], b1, W2, b2, scaler, last.weight,
 # last.bias, or nothing; dropout_key: of sigmoid_dropout, whose ids are the rows' numbers. wants:

@@ -13,6 +13,7 @@ import torch
 
 from tempnet_kernels.core import register
 from tempnet_kernels.core.checks import once_differentiable
+from tempnet_kernels.core.fields import Moments, accumulation_dtype
 from tempnet_kernels.core.tempnet import (
     Dropout,
     Head,
@@ -142,6 +143,16 @@ def _fake_head_bwd(grad_tau, h, norms, scaler, weight, bias, squash, tau_min, ta
     return h.new_empty((n, k)), h.new_empty((row_blocks(n)[0], sums))
 
 
+def _fake_row_moments(logits, center):
+    return logits.new_empty(
+        (Moments.FIELDS, logits.shape[0]), dtype=accumulation_dtype(logits.dtype)
+    )
+
+
+def _fake_normalized_rows(logits, shift, inverse):
+    return logits.new_empty(logits.shape, dtype=accumulation_dtype(logits.dtype))
+
+
 # All floating-point tensors are in the accumulation dtype. pre [N, H], bias [H], factor [N]; key:
 # 0-d int64, without which nothing is dropped; ids [N] int64, or the row's number from first_row on.
 register.define(
@@ -172,4 +183,16 @@ register.define(
     "Tensor bias, bool squash, float tau_min, float tau_max) -> (Tensor, Tensor)",
     _fake_head_bwd,
     "temperature_head",
+)
+# logits [N, V] with column stride 1 -> Moments [5, N] in the accumulation dtype.
+register.define(
+    "row_moments(Tensor logits, bool center) -> Tensor",
+    _fake_row_moments,
+    "linear_dro_cross_entropy",
+)
+# The same logits, shift and inverse [N] -> (logits - shift) * inverse [N, V]; a -inf counts as 0.
+register.define(
+    "normalized_rows(Tensor logits, Tensor shift, Tensor inverse) -> Tensor",
+    _fake_normalized_rows,
+    "linear_dro_cross_entropy",
 )
