@@ -41,6 +41,7 @@ struct Args {
   T* parts;         // [kPartFields, n]
   int64_t ignore_index;
   LossOptions<T> options;
+  T softcap;                  // 0 for none
   int64_t begin, vocab_size;  // the logits are the columns [begin, begin + v) of vocab_size
 
   bool in_vocabulary(int64_t y) const { return y >= 0 && y < vocab_size; }
@@ -56,12 +57,13 @@ struct RowSums {
   int64_t argmax_block = 0;  // the first column of the block that holds the largest logit
 };
 
-template <bool kFma, class Z, class T>
-TEMPNET_INLINE RowSums<T> reduce_row(const Z* z, int64_t v, T a) {
+template <bool kFma, class Z, class Scale>
+TEMPNET_INLINE auto reduce_row(const Z* z, int64_t v, const Scale& scale) {
+  using T = decltype(factor_of(scale));
   RowSums<T> sums;
   for (int64_t j = 0; j < v; j += kBlock) {
     const int64_t count = std::min(kBlock, v - j);
-    const Block<T> block = reduce_block<kFma>(z + j, count, a);
+    const Block<T> block = reduce_block<kFma>(z + j, count, scale);
     if (block.zmax > sums.zmax) {
       sums.argmax_block = j;
       sums.zmax = block.zmax;
@@ -81,26 +83,29 @@ TEMPNET_INLINE int64_t argmax_of(const Z* z, const RowSums<T>& sums) {
   return j;
 }
 
-// grad_j = scale * (c p_j - q_j), with p_j = 2^u_j / s. grad may be z; y is the target's column, or
-// negative where it is another process's.
-template <bool kFma, class Z, class T>
-TEMPNET_INLINE void write_gradient(const Args<Z, T>& args, const Z* z, Z* grad, int64_t y, T a, T m,
-                                   T inverse_s, T c, T scale) {
+// grad_j = scale * (c p_j - q_j), with p_j = 2^u_j / s, times the slope of the softcap. grad may be
+// z; y is the target's column, or negative where it is another process's.
+template <bool kFma, class Z, class T, class Scale>
+TEMPNET_INLINE void write_gradient(const Args<Z, T>& args, const Z* z, Z* grad, int64_t y,
+                                   const Scale& exponent, T m, T inverse_s, T c, T scale) {
+  const T a = factor_of(exponent);
   const int64_t v = args.v;
   const T label_smoothing = args.options.label_smoothing, vocab_size = T(args.vocab_size);
   const T factor = scale * c * inverse_s;
   const T uniform = scale * label_smoothing / vocab_size;
   // In fp32 before it is rounded to the gradient's type: p_y - 1 cancels.
-  const T p_y = y < 0 ? T(0) : weight<kFma>(load(z[y]), a, m) * inverse_s;
-  const T grad_y = scale * ((c * p_y - 1) + label_smoothing * (1 - 1 / vocab_size));
+  const Logit<T> own = logit(T(load(z[y < 0 ? 0 : y])), exponent);
+  const T p_y = weight<kFma>(own.value, a, m) * inverse_s;
+  const T grad_y = scale * ((c * p_y - 1) + label_smoothing * (1 - 1 / vocab_size)) * own.slope;
 #pragma omp simd
   for (int64_t j = 0; j < v; ++j) {
-    grad[j] = store<Z>(weight<kFma>(load(z[j]), a, m) * factor - uniform);
+    const Logit<T> x = logit(T(load(z[j])), exponent);
+    grad[j] = store<Z>((weight<kFma>(x.value, a, m) * factor - uniform) * x.slope);
   }
   if (y >= 0) grad[y] = store<Z>(grad_y);
 }
 
-template <class Z, class T>
+template <class Z, class T, bool kCapped>
 struct ForwardRows {
   template <bool kFma>
   static TEMPNET_INLINE void run(const Args<Z, T>& args, int64_t begin, int64_t end) {
@@ -129,11 +134,12 @@ struct ForwardRows {
       return;
     }
 
-    const T a = Constants<T>::kLog2e / tau;
-    const RowSums<T> sums = reduce_row<kFma>(z, v, a);
+    const auto exponent = scale_of<kCapped>(args.softcap, Constants<T>::kLog2e / tau);
+    const RowSums<T> sums = reduce_row<kFma>(z, v, exponent);
     const RowState<T>& state = sums.state;
     const RowResult<T> r =
-        finish(state, sums.zmax, T(load(z[y])), sums.su / T(v), tau, args.options);
+        finish(state, logit(sums.zmax, exponent).value, logit(T(load(z[y])), exponent).value,
+               sums.su / T(v), tau, args.options);
     args.loss[i] = scale == 0 ? T(0) : scale * r.loss;
     rows[kLoss * n] = r.loss;
     rows[kGradTau * n] = scale == 0 ? T(0) : scale * r.grad_tau;
@@ -147,13 +153,13 @@ struct ForwardRows {
     } else if (grad) {
       // fp16 is stored unscaled: p / N underflows where no loss scale can bring it back.
       const T stored = std::is_same<Z, Half>::value ? T(1) : scale;
-      write_gradient<kFma>(args, z, grad, y, a, state.m, 1 / state.s, r.c, stored);
+      write_gradient<kFma>(args, z, grad, y, exponent, state.m, 1 / state.s, r.c, stored);
     }
   }
 };
 
 // The state of these columns.
-template <class Z, class T>
+template <class Z, class T, bool kCapped>
 struct StatsRows {
   template <bool kFma>
   static TEMPNET_INLINE void run(const Args<Z, T>& args, int64_t begin, int64_t end) {
@@ -168,9 +174,11 @@ struct StatsRows {
         if (args.argmax) args.argmax[i] = -1;
         continue;
       }
-      const RowSums<T> sums = reduce_row<kFma>(z, args.v, Constants<T>::kLog2e / tau);
+      const auto exponent = scale_of<kCapped>(args.softcap, Constants<T>::kLog2e / tau);
+      const RowSums<T> sums = reduce_row<kFma>(z, args.v, exponent);
       const T z_y = args.held(y) ? T(load(z[y - args.begin])) : -infinity;
-      store_part(args.parts + i, args.n, sums.state, sums.zmax, z_y, sums.su / T(args.v), tau);
+      const T delta = rounding_of_maximum(logit(sums.zmax, exponent).value, sums.state.m, tau);
+      store_part(args.parts + i, args.n, sums.state, sums.zmax, delta, z_y, sums.su / T(args.v));
       if (args.argmax) {
         // Of columns that are all -inf the first is as good as any; NaN has none.
         args.argmax[i] = std::isnan(sums.state.s) ? -1 : args.begin + argmax_of(z, sums);
@@ -180,7 +188,7 @@ struct StatsRows {
 };
 
 // From the state that the forward left in rows.
-template <class Z, class T>
+template <class Z, class T, bool kCapped>
 struct BackwardRows {
   template <bool kFma>
   static TEMPNET_INLINE void run(const Args<Z, T>& args, int64_t begin, int64_t end) {
@@ -196,7 +204,8 @@ struct BackwardRows {
       }
       const T c = probability_factor(args.options.z_loss, Constants<T>::kLn2 * (m + log2_s), tau);
       write_gradient<kFma>(args, args.logits + i * args.logits_stride, grad,
-                           args.held(y) ? y - args.begin : -1, Constants<T>::kLog2e / tau, m,
+                           args.held(y) ? y - args.begin : -1,
+                           scale_of<kCapped>(args.softcap, Constants<T>::kLog2e / tau), m,
                            std::exp2(-log2_s), c, scale);
     }
   }
@@ -235,7 +244,7 @@ Args<Z, T> shape_args(const Tensor& wide) {
 // Of these rows and columns, without a check of the targets.
 template <class Z, class T>
 Args<Z, T> state_args(const Tensor& logits, const Tensor& target, const Tensor& tau,
-                      int64_t ignore_index, int64_t begin, int64_t vocab_size) {
+                      int64_t ignore_index, double softcap, int64_t begin, int64_t vocab_size) {
   Args<Z, T> args = shape_args<Z, T>(logits);
   args.logits = static_cast<const Z*>(logits.const_data_ptr());
   args.logits_stride = logits.stride(0);
@@ -243,6 +252,7 @@ Args<Z, T> state_args(const Tensor& logits, const Tensor& target, const Tensor& 
                  target.scalar_type() == ScalarType::Long};
   args.tau = strided<T>(tau);
   args.ignore_index = ignore_index;
+  args.softcap = T(softcap);
   args.begin = begin;
   args.vocab_size = vocab_size;
   return args;
@@ -251,8 +261,8 @@ Args<Z, T> state_args(const Tensor& logits, const Tensor& target, const Tensor& 
 template <class Z, class T>
 Args<Z, T> row_args(const Tensor& logits, const Tensor& target, const Tensor& tau,
                     const Tensor& scale, int64_t ignore_index, double rho, double label_smoothing,
-                    double z_loss, int64_t begin, int64_t vocab_size) {
-  auto args = state_args<Z, T>(logits, target, tau, ignore_index, begin, vocab_size);
+                    double z_loss, double softcap, int64_t begin, int64_t vocab_size) {
+  auto args = state_args<Z, T>(logits, target, tau, ignore_index, softcap, begin, vocab_size);
   args.scale = strided<T>(scale);
   args.options = {T(rho), T(std::log(double(vocab_size))), T(label_smoothing), T(z_loss)};
   for (int64_t i = 0; i < args.n; ++i) {
@@ -269,7 +279,7 @@ using RowTensors = std::tuple<Tensor, Tensor, Tensor>;
 // grad: undefined where none is wanted; may be the logits.
 RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& target,
                    const Tensor& tau, const Tensor& scale, double rho, int64_t ignore_index,
-                   double label_smoothing, double z_loss, bool want_argmax) {
+                   double label_smoothing, double z_loss, double softcap, bool want_argmax) {
   const int64_t n = logits.size(0);
   Tensor loss = torch::stable::new_empty(tau, {n});
   Tensor rows = torch::stable::new_empty(tau, {kRowFields, n});
@@ -278,7 +288,7 @@ RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& targe
     using Z = typename decltype(types)::Storage;
     using T = typename decltype(types)::Accumulator;
     auto args = row_args<Z, T>(logits, target, tau, scale, ignore_index, rho, label_smoothing,
-                               z_loss, 0, logits.size(1));
+                               z_loss, softcap, 0, logits.size(1));
     if (grad) {
       args.grad = static_cast<Z*>(grad->mutable_data_ptr());
       args.grad_stride = grad->stride(0);
@@ -286,41 +296,42 @@ RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& targe
     args.loss = static_cast<T*>(loss.mutable_data_ptr());
     args.rows = static_cast<T*>(rows.mutable_data_ptr());
     args.argmax = want_argmax ? static_cast<int64_t*>(argmax.mutable_data_ptr()) : nullptr;
-    run_parallel<ForwardRows<Z, T>>(args, args.n, args.v);
+    run_capped<ForwardRows, Z, T>(args);
   });
   return {loss, rows, argmax};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> dro_cross_entropy_fwd(
     Tensor logits, Tensor target, Tensor tau, Tensor scale, double rho, int64_t ignore_index,
-    double label_smoothing, double z_loss, bool want_grad, bool want_argmax) {
+    double label_smoothing, double z_loss, double softcap, bool want_grad, bool want_argmax) {
   const int64_t grad_rows = want_grad ? logits.size(0) : 0;
   Tensor grad = torch::stable::new_empty(logits, {grad_rows, logits.size(1)});
   auto [loss, rows, argmax] = forward(logits, want_grad ? &grad : nullptr, target, tau, scale, rho,
-                                      ignore_index, label_smoothing, z_loss, want_argmax);
+                                      ignore_index, label_smoothing, z_loss, softcap, want_argmax);
   return {grad, loss, rows, argmax};
 }
 
 RowTensors dro_cross_entropy_fwd_(Tensor logits, Tensor target, Tensor tau, Tensor scale,
                                   double rho, int64_t ignore_index, double label_smoothing,
-                                  double z_loss, bool want_argmax) {
+                                  double z_loss, double softcap, bool want_argmax) {
   return forward(logits, &logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss,
-                 want_argmax);
+                 softcap, want_argmax);
 }
 
 std::tuple<Tensor, Tensor> dro_cross_entropy_stats(Tensor logits, Tensor target, Tensor tau,
-                                                   int64_t ignore_index, int64_t begin,
-                                                   int64_t vocab_size, bool, bool want_argmax) {
+                                                   int64_t ignore_index, double softcap,
+                                                   int64_t begin, int64_t vocab_size, bool,
+                                                   bool want_argmax) {
   const int64_t n = logits.size(0);
   Tensor parts = torch::stable::new_empty(tau, {kPartFields, n});
   Tensor argmax = torch::stable::new_empty(tau, {want_argmax ? n : 0}, ScalarType::Long);
   for_dtype(kName, "logits", logits, [&](auto types) {
     using Z = typename decltype(types)::Storage;
     using T = typename decltype(types)::Accumulator;
-    auto args = state_args<Z, T>(logits, target, tau, ignore_index, begin, vocab_size);
+    auto args = state_args<Z, T>(logits, target, tau, ignore_index, softcap, begin, vocab_size);
     args.parts = static_cast<T*>(parts.mutable_data_ptr());
     args.argmax = want_argmax ? static_cast<int64_t*>(argmax.mutable_data_ptr()) : nullptr;
-    run_parallel<StatsRows<Z, T>>(args, args.n, args.v);
+    run_capped<StatsRows, Z, T>(args);
   });
   return {parts, argmax};
 }
@@ -328,33 +339,33 @@ std::tuple<Tensor, Tensor> dro_cross_entropy_stats(Tensor logits, Tensor target,
 // grad may be the logits.
 void backward(const Tensor& logits, const Tensor& grad, const Tensor& target, const Tensor& tau,
               const Tensor& scale, const Tensor& rows, int64_t ignore_index, double label_smoothing,
-              double z_loss, int64_t begin, int64_t vocab_size) {
+              double z_loss, double softcap, int64_t begin, int64_t vocab_size) {
   for_dtype(kName, "logits", logits, [&](auto types) {
     using Z = typename decltype(types)::Storage;
     using T = typename decltype(types)::Accumulator;
     auto args = row_args<Z, T>(logits, target, tau, scale, ignore_index, 0, label_smoothing, z_loss,
-                               begin, vocab_size);
+                               softcap, begin, vocab_size);
     args.grad = static_cast<Z*>(grad.mutable_data_ptr());
     args.grad_stride = grad.stride(0);
     args.rows = static_cast<T*>(rows.mutable_data_ptr());
-    run_parallel<BackwardRows<Z, T>>(args, args.n, args.v);
+    run_capped<BackwardRows, Z, T>(args);
   });
 }
 
 Tensor dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows,
                              int64_t ignore_index, double label_smoothing, double z_loss,
-                             int64_t begin, int64_t vocab_size) {
+                             double softcap, int64_t begin, int64_t vocab_size) {
   Tensor grad = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
-  backward(logits, grad, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin,
-           vocab_size);
+  backward(logits, grad, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, softcap,
+           begin, vocab_size);
   return grad;
 }
 
 void dro_cross_entropy_bwd_(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows,
                             int64_t ignore_index, double label_smoothing, double z_loss,
-                            int64_t begin, int64_t vocab_size) {
-  backward(logits, logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin,
-           vocab_size);
+                            double softcap, int64_t begin, int64_t vocab_size) {
+  backward(logits, logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, softcap,
+           begin, vocab_size);
 }
 
 void scale_rows_(Tensor grad, Tensor scale) {

@@ -15,6 +15,7 @@ struct Args {
   int64_t stride;
   T* moments;  // [4, n]: shift, sum of (z - shift)^2, of z - shift, count; without -inf
   bool center;
+  T softcap;  // 0 for none
 };
 
 template <class T>
@@ -23,12 +24,12 @@ struct Moments {
 };
 
 // Of columns that are not -inf, relative to the shift. kCenter: also what a merge of parts needs.
-template <bool kCenter, class Z, class T>
-TEMPNET_INLINE Moments<T> moments(const Z* z, int64_t count, T shift) {
+template <bool kCenter, class Z, class T, class Scale>
+TEMPNET_INLINE Moments<T> moments(const Z* z, int64_t count, T shift, const Scale& scale) {
   T squares = 0, sum = 0, kept = 0;
 #pragma omp simd reduction(+ : squares, sum, kept)
   for (int64_t j = 0; j < count; ++j) {
-    const T x = T(load(z[j]));
+    const T x = logit(T(load(z[j])), scale).value;
     const bool is_counted = x != -std::numeric_limits<T>::infinity();
     const T centred = is_counted ? x - shift : T(0);
     squares += centred * centred;
@@ -40,10 +41,11 @@ TEMPNET_INLINE Moments<T> moments(const Z* z, int64_t count, T shift) {
   return {squares, sum, kept};
 }
 
-template <class Z, class T>
+template <class Z, class T, bool kCapped>
 struct MomentRows {
   template <bool kFma>
   static TEMPNET_INLINE void run(const Args<Z, T>& args, int64_t begin, int64_t end) {
+    const auto scale = scale_of<kCapped>(args.softcap, T(1));
     for (int64_t i = begin; i < end; ++i) {
       const Z* z = args.logits + i * args.stride;
       T shift = 0;
@@ -54,12 +56,13 @@ struct MomentRows {
           const T x = T(load(z[j]));
           shift = x > shift ? x : shift;  // drops NaN, which reaches the sums
         }
+        shift = logit(shift, scale).value;
       }
       Moments<T> total;
       for (int64_t j = 0; j < args.v; j += kSum) {
         const int64_t count = std::min(kSum, args.v - j);
-        const Moments<T> part =
-            args.center ? moments<true>(z + j, count, shift) : moments<false>(z + j, count, shift);
+        const Moments<T> part = args.center ? moments<true>(z + j, count, shift, scale)
+                                            : moments<false>(z + j, count, shift, scale);
         total.squares += part.squares;
         total.sum += part.sum;
         total.count += part.count;
@@ -73,7 +76,7 @@ struct MomentRows {
   }
 };
 
-Tensor row_moments(Tensor logits, bool center) {
+Tensor row_moments(Tensor logits, bool center, double softcap) {
   const char* const name = "row_moments";
   Tensor result;
   for_dtype(name, "logits", logits, [&](auto types) {
@@ -89,8 +92,9 @@ Tensor row_moments(Tensor logits, bool center) {
                           static_cast<const Z*>(logits.const_data_ptr()),
                           logits.stride(0),
                           static_cast<T*>(result.mutable_data_ptr()),
-                          center};
-    run_parallel<MomentRows<Z, T>>(args, n, v);
+                          center,
+                          T(softcap)};
+    run_capped<MomentRows, Z, T>(args);
   });
   return result;
 }

@@ -16,7 +16,7 @@ constexpr const char* kName = "row_moments";
 constexpr int64_t kMaxColumns = int64_t(1) << 28;  // byte offsets in a row stay in 32 bits
 constexpr int64_t kMaxRows = (int64_t(1) << 31) - 1;
 
-Tensor row_moments(Tensor logits, bool center) {
+Tensor row_moments(Tensor logits, bool center, double softcap) {
   const OnDevice on(kName, logits);
   linear::Params params{};
   params.n = logits.size(0);
@@ -28,6 +28,7 @@ Tensor row_moments(Tensor logits, bool center) {
   }
   params.logits = logits.const_data_ptr();
   params.stride = logits.stride(0);
+  params.softcap = float(softcap);
   Tensor moments =
       torch::stable::new_empty(logits, {4, params.n}, torch::headeronly::ScalarType::Float);
   params.moments = static_cast<float*>(moments.mutable_data_ptr());

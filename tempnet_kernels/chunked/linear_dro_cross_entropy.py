@@ -66,7 +66,8 @@ class DirectTempNet:
 
     def temperatures(self, hidden, logits, keep):
         """(``[n]``, :class:`_Chunk`) of the rows hidden ``[n, D]`` with logits ``[n, V]``."""
-        moments = _op("row_moments", self.backend)(logits, self.options.center)
+        options = self.options
+        moments = _op("row_moments", self.backend)(logits, options.center, options.softcap)
         shift, squares = moments[Moments.SHIFT], moments[Moments.SQUARES]  # (n,) each
         if self.group is not None:
             shift, squares = merged_moments(all_gather(moments, self.group))
@@ -82,6 +83,8 @@ class DirectTempNet:
     def _first_layer(self, hidden, logits, shift, inverse):
         """(its input as the gradient of its weight takes it, W1 times it)."""
         x = logits.to(self.acc, copy=True)
+        if self.options.softcap:
+            x.div_(self.options.softcap).tanh_().mul_(self.options.softcap)
         if self.options.center:
             x -= shift[:, None]
         x.masked_fill_(x == -torch.inf, 0).mul_(inverse[:, None])
@@ -205,7 +208,7 @@ def linear_dro_cross_entropy_fwd(
     options, want = LinearOptions(*options), LinearWants(*wants)
     (n, d), v = hidden.shape, weight.shape[0]
     acc = accumulation_dtype(hidden.dtype)
-    ignore_index, softcap = options.ignore_index, options.softcap
+    ignore_index = options.ignore_index
     check_target(target, columns_of(v, group)[1], ignore_index, "linear_dro_cross_entropy")
 
     loss, rows = scale.new_zeros(n), scale.new_full((TokenRow.FIELDS, n), torch.nan)
@@ -228,7 +231,6 @@ def linear_dro_cross_entropy_fwd(
     count = n if index is None else index.numel()
     chunk_rows = min(options.chunk_rows, count)
     buffer = hidden.new_empty(chunk_rows * v)
-    tanh = hidden.new_empty(buffer.shape if softcap and want.logits else 0)
     for i in range(0, count, max(1, chunk_rows)):
         r = slice(i, i + chunk_rows) if index is None else index[i : i + chunk_rows]
         h, y, s = hidden[r], target[r], scale[r]
@@ -239,11 +241,6 @@ def linear_dro_cross_entropy_fwd(
             torch.mm(h, weight.T, out=z)
         else:
             torch.addmm(bias, h, weight.T, out=z)
-        if softcap:
-            z.div_(softcap).tanh_()
-            if want.logits:
-                capped = tanh[: z.numel()].view_as(z).copy_(z)
-            z.mul_(softcap)
         if net is None:
             t = tau[r]
         else:
@@ -252,8 +249,6 @@ def linear_dro_cross_entropy_fwd(
         row_loss, row, row_argmax = _loss_of_rows(
             backend, group, want.logits, z, y, t, s, options.token, want_argmax
         )
-        if want.logits and softcap:
-            torch.ops.aten.tanh_backward(z, capped, grad_input=z)
         loss[r], rows[:, r], taus[r] = row_loss, row, t
         if want_argmax:
             argmax[r] = row_argmax
@@ -271,7 +266,7 @@ def linear_dro_cross_entropy_fwd(
             net.backward(row[TokenRow.GRAD_TAU], chunk)
         chunk = None  # it may be as large as the logits
 
-    buffer = tanh = z = capped = None  # their memory is the gradient of W1's now
+    buffer = z = None  # their memory is the gradient of W1's now
     if want.hidden:
         all_sum_(grad_hidden, group)
     if live is not None:

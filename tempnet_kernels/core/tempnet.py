@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tempnet_kernels.core.fields import accumulation_dtype
+from tempnet_kernels.core.softcap import capped
 
 NORM_MIN = 1e-12  # of a row of logits that is divided by its norm
 
@@ -67,10 +68,10 @@ def head_gradients(grad_share, saved, p, keep=None):
     )
 
 
-def row_moments(logits, center):
+def row_moments(logits, center, softcap=0.0):
     """:class:`Moments` of rows of logits ``[N, V]``, in plain PyTorch."""
     acc = accumulation_dtype(logits.dtype)
-    z = logits.to(acc)
+    z = capped(logits.to(acc), softcap)
     counted = z != -torch.inf
     shift = z.amax(1) if center else z.new_zeros(z.shape[0])
     z = torch.where(counted, z - shift[:, None], 0)

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from tempnet_kernels.triton import device_of
+from tempnet_kernels.triton.online_softmax import softcapped
 
 BLOCK = 8192
 NUM_WARPS = 16
@@ -13,7 +14,7 @@ MINUS_INF = tl.constexpr(float("-inf"))
 
 @triton.jit
 def moments_kernel(logits_ptr, logits_stride, moments_ptr, n, v, CENTER: tl.constexpr,
-                   BLOCK: tl.constexpr):  # fmt: skip
+                   SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + i * logits_stride
     shift = MINUS_INF
@@ -21,6 +22,7 @@ def moments_kernel(logits_ptr, logits_stride, moments_ptr, n, v, CENTER: tl.cons
     for start in range(0, v, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         z = tl.load(row_ptr + columns, mask=columns < v, other=MINUS_INF).to(tl.float32)
+        z, _ = softcapped(z, columns < v, SOFTCAP)
         counted = z != MINUS_INF  # NaN counts
         if CENTER:
             # Nothing cancels: neither d nor the sum is ever positive.
@@ -41,13 +43,14 @@ def moments_kernel(logits_ptr, logits_stride, moments_ptr, n, v, CENTER: tl.cons
     tl.store(moments_ptr + 3 * n + i, count)
 
 
-def row_moments(logits, center):
+def row_moments(logits, center, softcap):
     n, v = logits.shape
     moments = torch.empty((4, n), dtype=torch.float32, device=logits.device)
     if n:
         with device_of(logits):
             moments_kernel[(n,)](
                 logits, logits.stride(0), moments, n, v, CENTER=center,
-                BLOCK=min(BLOCK, max(16, triton.next_power_of_2(v))), num_warps=NUM_WARPS,
+                SOFTCAP=softcap, BLOCK=min(BLOCK, max(16, triton.next_power_of_2(v))),
+                num_warps=NUM_WARPS,
             )  # fmt: skip
     return moments

@@ -49,6 +49,7 @@ Params params_from(const py::dict& d) {
   p.unscaled = d["unscaled"].cast<bool>();
   p.parts = pointer<Partial>(d, "parts");
   p.extras = pointer<Extras>(d, "extras");
+  p.softcap = d["softcap"].cast<float>();
   return p;
 }
 
@@ -204,8 +205,9 @@ PYBIND11_MODULE(cuda_emulator, module) {
     py::dict plan;
     for_dtype(dtype, [&](auto zero) {
       using Z = decltype(zero);
-      plan = plan_dict(device::plan_forward(p.n, p.v, sizeof(Z), device::aligned_rows<Z>(p), arch,
-                                            132, device::mode_of(p), p.grad != nullptr));
+      plan =
+          plan_dict(device::plan_forward(p.n, p.v, sizeof(Z), device::aligned_rows<Z>(p), arch, 132,
+                                         device::mode_of(p), p.grad != nullptr, p.softcap > 0));
     });
     return plan;
   });
@@ -224,9 +226,9 @@ PYBIND11_MODULE(cuda_emulator, module) {
               [&](auto zero) { device::launch_scale<decltype(zero)>(params_from(params), 1, 0); });
   });
   module.def("row_moments", [](const std::string& dtype, const py::dict& d, bool center) {
-    const linear::Params params{d["n"].cast<int64_t>(), d["v"].cast<int>(),
-                                pointer<void>(d, "logits"), d["stride"].cast<int64_t>(),
-                                pointer<float>(d, "moments")};
+    const linear::Params params{d["n"].cast<int64_t>(),       d["v"].cast<int>(),
+                                pointer<void>(d, "logits"),   d["stride"].cast<int64_t>(),
+                                pointer<float>(d, "moments"), d["softcap"].cast<float>()};
     for_dtype(dtype, [&](auto zero) { linear::launch_moments<decltype(zero)>(params, center, 0); });
   });
   module.def("tempered_softmax", &tempered_softmax);

@@ -51,7 +51,7 @@ def load():
 def shape_params(n, v, stride):
     """The parameters of an aligned [n, v] gradient launch that nothing will run."""
     names = ("target", "tau", "scale", "loss", "rows", "argmax", "parts", "extras")
-    return dict.fromkeys((*names, "rho", "label_smoothing", "z_loss"), 0) | {
+    return dict.fromkeys((*names, "rho", "label_smoothing", "z_loss", "softcap"), 0) | {
         "n": n, "v": v, "logits": 16, "logits_stride": stride, "grad": 16, "grad_stride": stride,
         "target_stride": 1, "tau_stride": 1, "scale_stride": 1, "wide_target": True,
         "ignore_index": -100, "unscaled": False, "begin": 0, "vocab_size": v,
@@ -77,8 +77,9 @@ class Operators:
         return getattr(self, name)
 
     def _forward(
-        self, logits, grad, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, argmax
-    ):
+        self, logits, grad, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, softcap,
+        argmax,
+    ):  # fmt: skip
         n, v = logits.shape
         loss = torch.full((n,), torch.nan)
         rows = torch.full((6, n), torch.nan)
@@ -89,6 +90,7 @@ class Operators:
             "rho": rho,
             "label_smoothing": label_smoothing,
             "z_loss": z_loss,
+            "softcap": softcap,
         }
         plan = self.module.plan(_name(logits), params, self.arch) | self.plan
         self.launched.append(plan)
@@ -110,7 +112,7 @@ class Operators:
             "rows": rows.data_ptr(), "ignore_index": ignore_index,
             "unscaled": logits.dtype == torch.float16,
             "loss": 0, "argmax": 0, "rho": 0.0, "label_smoothing": 0.0, "z_loss": 0.0,
-            "parts": 0, "extras": 0, "begin": 0, "vocab_size": logits.shape[1],
+            "softcap": 0.0, "parts": 0, "extras": 0, "begin": 0, "vocab_size": logits.shape[1],
         }  # fmt: skip
 
     def dro_cross_entropy_fwd(self, logits, target, tau, scale, *options):
@@ -127,13 +129,13 @@ class Operators:
         return out
 
     def dro_cross_entropy_stats(
-        self, logits, target, tau, ignore_index, begin, vocab_size, want_mean, want_argmax
+        self, logits, target, tau, ignore_index, softcap, begin, vocab_size, want_mean, want_argmax
     ):
         n = logits.shape[0]
         stats, argmax = torch.full((7, n), torch.nan), torch.full((n * want_argmax,), -7)
         params = self._params(logits, None, target, tau, tau, stats, ignore_index) | {
             "stats": stats.data_ptr(), "argmax": argmax.data_ptr() if want_argmax else 0,
-            "begin": begin, "vocab_size": vocab_size,
+            "begin": begin, "vocab_size": vocab_size, "softcap": softcap,
         }  # fmt: skip
         self.module.stats(_name(logits), params, want_mean, self.multiprocessors)
         return stats, argmax
@@ -148,19 +150,19 @@ class Operators:
         torch.autograd.graph.increment_version(logits)
 
     def _backward(
-        self, logits, grad, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin,
-        vocab_size,
+        self, logits, grad, target, tau, scale, rows, ignore_index, label_smoothing, z_loss,
+        softcap, begin, vocab_size,
     ):  # fmt: skip
         params = self._params(logits, grad, target, tau, scale, rows, ignore_index)
-        params |= {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        params |= {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
         params |= {"begin": begin, "vocab_size": vocab_size}
         self.module.backward(_name(logits), params)
 
-    def row_moments(self, logits, center):
+    def row_moments(self, logits, center, softcap):
         n, v = logits.shape
         moments = torch.full((4, n), torch.nan)
         params = {"n": n, "v": v, "logits": logits.data_ptr(), "stride": logits.stride(0)}
-        params["moments"] = moments.data_ptr()
+        params |= {"moments": moments.data_ptr(), "softcap": softcap}
         self.module.row_moments(_name(logits), params, center)
         return moments
 

@@ -40,8 +40,8 @@ def test_opcheck(backend, dtype, device):
     hidden, weight, target, net = make(device, dtype=dtype)
     target[1] = 3  # opcheck compares with ==, which NaN statistics fail
     ops, check = torch.ops.tempnet, torch.library.opcheck
-    for center in (False, True):
-        check(getattr(ops.row_moments, backend), (hidden @ weight.T, center))
+    for center, softcap in ((False, 0.0), (True, 0.0), (False, 3.0), (True, 3.0)):
+        check(getattr(ops.row_moments, backend), (hidden @ weight.T, center, softcap))
     tau, scale = torch.rand(2, 6, device=device) + 0.5
     tensors = [x.detach() for x in (net.proj[0].weight, *net.head(torch.float32))]
     numbers = (0.5, -100, 0.1, 0.01)

@@ -339,7 +339,7 @@ def test_row_moments(backend, v, center, dtype, request):
     logits[2, : v - v // 3] = -torch.inf
     logits[3, v // 2] = torch.nan
     operator = chunked_linear._op("row_moments", backend)
-    shift, squares, total, count = operator(logits, center)
+    shift, squares, total, count = operator(logits, center, 0.0)
     z = logits.double()
     counted = z != -torch.inf
     exact_shift = torch.where(z.isnan(), -torch.inf, z).amax(1) if center else torch.zeros(5)
@@ -353,12 +353,34 @@ def test_row_moments(backend, v, center, dtype, request):
     assert squares[3].isnan()
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("v", [1, 33, 4101])
+def test_row_moments_of_capped_logits(backend, v, dtype):
+    padded = torch.full((4, v + 3), torch.nan).to(dtype)
+    logits = padded[:, 1 : v + 1]  # off 16 bytes; its neighbours are poison
+    logits.copy_(torch.randn(4, v) * 9)
+    logits[1, v // 2 :] = -torch.inf
+    logits[2, v // 3] = torch.inf
+    logits[3, v // 2] = torch.nan
+    operator = chunked_linear._op("row_moments", backend)
+    z = 5 * torch.tanh(logits.double() / 5)
+    for center in (False, True):
+        shift, squares, total, count = operator(logits, center, 5.0)
+        x = z - (z.amax(1, keepdim=True) if center else 0)
+        exact = (x * x).sum(1)
+        torch.testing.assert_close(squares.double(), exact, rtol=2e-6, atol=0, equal_nan=True)
+        if center:
+            torch.testing.assert_close(shift[:3].double(), z[:3].amax(1), rtol=1e-6, atol=0)
+            torch.testing.assert_close(total[:3].double(), x[:3].sum(1), rtol=1e-5, atol=1e-6)
+            assert torch.equal(count[:3], torch.full((3,), float(v)))
+
+
 @pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])
 def test_row_moments_of_one_value(backend, value):
     logits = torch.full((2, 50), value)
     logits[0, 7] = 3.0
     operator = chunked_linear._op("row_moments", backend)
-    shift, squares, _, count = operator(logits, True)
+    shift, squares, _, count = operator(logits, True, 0.0)
     if value == -torch.inf:
         assert (shift[0], squares[0], count[0]) == (3, 0, 1)
         assert (shift[1], squares[1], count[1]) == (-torch.inf, 0, 0)
