@@ -142,7 +142,7 @@ TEMPNET_DEVICE void write_span(const Span<Z, true>& span, Z* row, const Gradient
 
 // More threads leave 64 registers each, which the row and the rarer statistics do not fit in.
 constexpr int row_threads(Mode mode, bool capped = false) {
-  return mode == kAll || capped ? 512 : 1024;
+  return capped ? 256 : mode == kAll ? 512 : 1024;
 }
 
 // How row_kernel reads a row: a thread holds its vectors in registers between the reduction and

@@ -29,7 +29,8 @@ inline Plan plan_forward(int64_t n, int v, int itemsize, bool aligned, int arch,
   const int once = mode == kForward ? 1 << 16 : 104 << 10;
   const bool twice_in_cache = mode == kGradient && !aligned && bytes <= 104 << 10;
   const Plan twice{Kernel::kTwoPass, 1, 512, kVectors, v};
-  if (capped) return twice;
+  // Fewer threads than without a cap: tanh takes registers, of which more CTAs are to have enough.
+  if (capped) return {Kernel::kTwoPass, 1, 256, kVectors, v};
   if (!few && long_row && (want_grad ? twice_in_cache : bytes > once)) return twice;
   // The smallest cluster that holds the row in CTAs of which two fit on a multiprocessor; for few
   // rows the largest.

@@ -10,6 +10,7 @@ from backends import DTYPES
 from compare import (
     assert_entropy_accurate,
     counted_flops,
+    definition,
     statistics,
 )
 from linear_loss import RHO, check, gradients, layer, network, ours, plain
@@ -63,6 +64,34 @@ def test_predicted_temperatures(backend, fold, dtype, center):
     tau = net(torch.nn.functional.linear(*tensors))
     assert tau.max() - tau.min() > 0.05
     check(tensors, target, net, backend, chunk_rows=8)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("net", [None, "raw", "max"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_are_capped_with_one_rounding(backend, dtype, net, reduction):
+    *tensors, target = layer(dtype=dtype)
+    tau = torch.rand(19) + 0.4 if net is None else network(301, None if net == "raw" else net)
+    upstream = torch.ones(19) if reduction == "none" else None
+    options = {"softcap": 3.0, "reduction": reduction, "upstream": upstream}
+    check(tensors, target, tau, backend, chunk_rows=8, **options)
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 6.5e-3), (torch.float16, 1e-3)], ids=str)
+def test_error_of_a_token_with_a_softcap_is_that_of_the_product(backend, dtype, limit):
+    """The product's rounding alone; rounded again when they are capped, logits err twice that."""
+    d = 64
+    hidden, weight = torch.randn(256, d).to(dtype), (torch.randn(2000, d) * 16 / d**0.5).to(dtype)
+    target = torch.randint(0, 2000, (256,))
+    z = hidden.double() @ weight.double().T
+    assert z.std() > 10, "logits that a cap of 20 bends"
+    exact = definition(z, target, torch.ones(256, dtype=torch.float64), RHO, softcap=20.0)
+    got = linear_dro_cross_entropy(
+        hidden, weight, target, rho=RHO, softcap=20.0, reduction="none", backend=backend
+    )
+    error = (got.double() - exact).abs().max()
+    print(f"{dtype}: worst error of a token {error:.2e}")
+    assert error <= limit
 
 
 @pytest.mark.parametrize("center", [None, "max"])
