@@ -129,13 +129,14 @@ TEMPNET_INLINE RowResult<T> finish(const RowState<T>& state, T zmax, T z_y, T me
 // tempnet_kernels/core/fields.py has the same order.
 enum PartField { kPartZmax, kPartM, kPartDelta, kPartS, kPartSx, kPartZy, kPartMeanU, kPartFields };
 
-// part: the row's first field.
+// part: the row's first field. zmax and z_y are logits as they were given, delta the rounding of
+// the largest one that the loss is of.
 template <class T>
-TEMPNET_INLINE void store_part(T* part, int64_t n, const RowState<T>& state, T zmax, T z_y,
-                               T mean_u, T tau) {
+TEMPNET_INLINE void store_part(T* part, int64_t n, const RowState<T>& state, T zmax, T delta, T z_y,
+                               T mean_u) {
   part[kPartZmax * n] = zmax;
   part[kPartM * n] = state.m;
-  part[kPartDelta * n] = rounding_of_maximum(zmax, state.m, tau);
+  part[kPartDelta * n] = delta;
   part[kPartS * n] = state.s;
   part[kPartSx * n] = state.sx;
   part[kPartZy * n] = z_y;

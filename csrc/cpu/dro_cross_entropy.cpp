@@ -1,15 +1,10 @@
-// The token loss on the CPU. A row is read from memory once: block by block into the state of
-// online_softmax.h, then again, out of the cache, for its gradient.
+// The operators of the token loss on the CPU.
+#include "dro_cross_entropy.h"
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 
-#include <algorithm>
-#include <limits>
-#include <memory>
 #include <tuple>
-#include <vector>
-
-#include "row_reduce.h"
 
 namespace tempnet {
 namespace {
@@ -18,320 +13,6 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
 constexpr const char* kName = "dro_cross_entropy";
-
-template <class Z, class T>
-struct Args {
-  int64_t n, v;
-  const Z* logits;  // [n, v], column stride 1
-  int64_t logits_stride;
-  Z* grad;  // null where no gradient is wanted; may be the logits
-  int64_t grad_stride;
-  Target target;
-  Strided<const T> tau, scale;
-  T* loss;          // [n]
-  T* rows;          // [kRowFields, n]
-  int64_t* argmax;  // [n] or null
-  T* parts;         // [kPartFields, n]
-  int64_t ignore_index;
-  LossOptions<T> options;
-  int64_t begin, vocab_size;  // the logits are the columns [begin, begin + v) of vocab_size
-
-  bool in_vocabulary(int64_t y) const { return y >= 0 && y < vocab_size; }
-  bool held(int64_t y) const { return y >= begin && y < begin + v; }
-};
-
-// The columns of a row that one thread reduces where rows are fewer than threads. Rows are always
-// reduced by these slices, so that a result does not depend on the number of either.
-constexpr int64_t kSlice = 4 * kBlock;
-
-// The state of some columns of a row.
-template <class T>
-struct RowSums {
-  RowState<T> state;
-  T zmax = -std::numeric_limits<T>::infinity();
-  T su = 0;                  // sum_j u_j
-  int64_t argmax_block = 0;  // the first column of the block that holds the largest logit
-};
-
-// Adds the next `width` columns, `before` of which have been added.
-template <class T>
-TEMPNET_INLINE void add(RowSums<T>& sums, const RowSums<T>& next, int64_t before, int64_t width) {
-  if (next.zmax > sums.zmax) {
-    sums.argmax_block = next.argmax_block;
-    sums.zmax = next.zmax;
-  }
-  const RowState<T> merged = merge(sums.state, next.state);
-  sums.su += T(before) * (sums.state.m - merged.m) + next.su + T(width) * (next.state.m - merged.m);
-  sums.state = merged;
-}
-
-// Of columns [begin, begin + count).
-template <bool kFma, class Z, class T>
-TEMPNET_INLINE RowSums<T> reduce_slice(const Z* z, int64_t begin, int64_t count, T a) {
-  RowSums<T> sums;
-  for (int64_t j = 0; j < count; j += kBlock) {
-    const int64_t width = std::min(kBlock, count - j);
-    const Block<T> block = reduce_block<kFma>(z + begin + j, width, a);
-    add(sums, {block.state, block.zmax, block.su, begin + j}, j, width);
-  }
-  return sums;
-}
-
-template <bool kFma, class Z, class T>
-TEMPNET_INLINE RowSums<T> reduce_row(const Z* z, int64_t v, T a) {
-  RowSums<T> sums;
-  for (int64_t j = 0; j < v; j += kSlice) {
-    const int64_t width = std::min(kSlice, v - j);
-    add(sums, reduce_slice<kFma>(z, j, width, a), j, width);
-  }
-  return sums;
-}
-
-// The first column with the largest logit, in a row with a finite softmax.
-template <class Z, class T>
-TEMPNET_INLINE int64_t argmax_of(const Z* z, const RowSums<T>& sums) {
-  int64_t j = sums.argmax_block;
-  while (T(load(z[j])) != sums.zmax) ++j;
-  return j;
-}
-
-// What the gradient of a row is made of: grad_j = scale * (c p_j - q_j), with p_j = 2^u_j / s.
-template <class T>
-struct RowWeights {
-  T a, m, inverse_s, c, scale;
-};
-
-// Of columns [begin, end). grad may be z; y is the target's column, or another where it is not
-// among them.
-template <bool kFma, class Z, class T>
-TEMPNET_INLINE void write_gradient(const Args<Z, T>& args, const Z* z, Z* grad, int64_t y,
-                                   const RowWeights<T>& row, int64_t begin, int64_t end) {
-  const auto [a, m, inverse_s, c, scale] = row;
-  const T label_smoothing = args.options.label_smoothing, vocab_size = T(args.vocab_size);
-  const T factor = scale * c * inverse_s;
-  const T uniform = scale * label_smoothing / vocab_size;
-  // In fp32 before it is rounded to the gradient's type: p_y - 1 cancels.
-  const bool is_held = y >= begin && y < end;
-  const T p_y = is_held ? weight<kFma>(load(z[y]), a, m) * inverse_s : T(0);
-  const T grad_y = scale * ((c * p_y - 1) + label_smoothing * (1 - 1 / vocab_size));
-#pragma omp simd
-  for (int64_t j = begin; j < end; ++j) {
-    grad[j] = store<Z>(weight<kFma>(load(z[j]), a, m) * factor - uniform);
-  }
-  if (is_held) grad[y] = store<Z>(grad_y);
-}
-
-// The results of a row that is not read, if it is one: it is ignored, or its temperature is none.
-template <class Z, class T>
-TEMPNET_INLINE bool finish_unread(const Args<Z, T>& args, int64_t i) {
-  const T nan = std::numeric_limits<T>::quiet_NaN(), infinity = std::numeric_limits<T>::infinity();
-  const T tau = args.tau[i], scale = args.scale[i];
-  const bool ignored = args.target[i] == args.ignore_index;
-  if (!ignored && tau > 0 && tau < infinity) return false;
-  const int64_t n = args.n;
-  T* rows = args.rows + i;
-  const T value = ignored ? T(0) : nan, scaled = scale == 0 ? T(0) : value;
-  args.loss[i] = rows[kGradTau * n] = scaled;
-  rows[kLoss * n] = value;
-  for (int field = kM; field < kRowFields; ++field) rows[field * n] = nan;
-  if (args.argmax) args.argmax[i] = -1;
-  if (args.grad) {
-    Z* grad = args.grad + i * args.grad_stride;
-    std::fill(grad, grad + args.v, store<Z>(scaled));
-  }
-  return true;
-}
-
-// The results of a row but for its gradient, which they are returned for.
-template <class Z, class T>
-TEMPNET_INLINE RowWeights<T> finish_row(const Args<Z, T>& args, int64_t i, const RowSums<T>& sums) {
-  const int64_t n = args.n;
-  const Z* z = args.logits + i * args.logits_stride;
-  const T tau = args.tau[i], scale = args.scale[i];
-  const RowState<T>& state = sums.state;
-  const RowResult<T> r =
-      finish(state, sums.zmax, T(load(z[args.target[i]])), sums.su / T(args.v), tau, args.options);
-  T* rows = args.rows + i;
-  args.loss[i] = scale == 0 ? T(0) : scale * r.loss;
-  rows[kLoss * n] = r.loss;
-  rows[kGradTau * n] = scale == 0 ? T(0) : scale * r.grad_tau;
-  rows[kM * n] = state.m;
-  rows[kLog2S * n] = r.log2_s;
-  rows[kEntropy * n] = r.entropy;
-  rows[kLogProb * n] = r.log_prob;
-  if (args.argmax) args.argmax[i] = std::isfinite(r.log2_s) ? argmax_of(z, sums) : -1;
-  // fp16 is stored unscaled: p / N underflows where no loss scale can bring it back.
-  const T stored = std::is_same<Z, Half>::value && scale != 0 ? T(1) : scale;
-  return {Constants<T>::kLog2e / tau, state.m, 1 / state.s, r.c, stored};
-}
-
-template <bool kFma, class Z, class T>
-TEMPNET_INLINE void finish_gradient(const Args<Z, T>& args, int64_t i, const RowWeights<T>& row,
-                                    int64_t begin, int64_t end) {
-  Z* grad = args.grad + i * args.grad_stride;
-  if (row.scale == 0) {
-    std::fill(grad + begin, grad + end, store<Z>(T(0)));
-  } else {
-    const Z* z = args.logits + i * args.logits_stride;
-    write_gradient<kFma>(args, z, grad, args.target[i], row, begin, end);
-  }
-}
-
-template <class Z, class T>
-struct ForwardRows {
-  template <bool kFma>
-  static TEMPNET_INLINE void run(const Args<Z, T>& args, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      if (finish_unread(args, i)) continue;
-      const Z* z = args.logits + i * args.logits_stride;
-      const RowSums<T> sums = reduce_row<kFma>(z, args.v, Constants<T>::kLog2e / args.tau[i]);
-      const RowWeights<T> row = finish_row(args, i, sums);
-      if (args.grad) finish_gradient<kFma>(args, i, row, 0, args.v);
-    }
-  }
-};
-
-// The same with the slices of a row apart, for fewer rows than threads.
-template <class Z, class T>
-struct SlicedArgs {
-  const Args<Z, T>& args;
-  int64_t slices;
-  RowSums<T>* sums;        // [n, slices]
-  RowWeights<T>* weights;  // [n]
-  bool* unread;            // [n]
-};
-
-template <class Z, class T>
-struct ReduceSlices {
-  template <bool kFma>
-  static TEMPNET_INLINE void run(const SlicedArgs<Z, T>& sliced, int64_t begin, int64_t end) {
-    const Args<Z, T>& args = sliced.args;
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t i = item / sliced.slices, j = item % sliced.slices * kSlice;
-      if (sliced.unread[i]) continue;
-      const Z* z = args.logits + i * args.logits_stride;
-      const T a = Constants<T>::kLog2e / args.tau[i];
-      sliced.sums[item] = reduce_slice<kFma>(z, j, std::min(kSlice, args.v - j), a);
-    }
-  }
-};
-
-template <class Z, class T>
-struct GradientSlices {
-  template <bool kFma>
-  static TEMPNET_INLINE void run(const SlicedArgs<Z, T>& sliced, int64_t begin, int64_t end) {
-    const Args<Z, T>& args = sliced.args;
-    for (int64_t item = begin; item < end; ++item) {
-      const int64_t i = item / sliced.slices, j = item % sliced.slices * kSlice;
-      if (sliced.unread[i]) continue;
-      finish_gradient<kFma>(args, i, sliced.weights[i], j, std::min(j + kSlice, args.v));
-    }
-  }
-};
-
-// Of rows. Compiled for the level of the others: another contracts other products, to other bits.
-template <class Z, class T>
-struct FinishSlices {
-  template <bool kFma>
-  static TEMPNET_INLINE void run(const SlicedArgs<Z, T>& sliced, int64_t begin, int64_t end) {
-    const Args<Z, T>& args = sliced.args;
-    for (int64_t i = begin; i < end; ++i) {
-      if (sliced.unread[i]) continue;
-      RowSums<T> row;
-      for (int64_t k = 0; k < sliced.slices; ++k) {
-        const int64_t j = k * kSlice;
-        add(row, sliced.sums[i * sliced.slices + k], j, std::min(kSlice, args.v - j));
-      }
-      sliced.weights[i] = finish_row(args, i, row);
-    }
-  }
-};
-
-template <class Z, class T>
-void forward_sliced(const Args<Z, T>& args) {
-  const int64_t slices = (args.v + kSlice - 1) / kSlice, items = args.n * slices;
-  std::vector<RowSums<T>> sums(items);
-  std::vector<RowWeights<T>> weights(args.n);
-  const std::unique_ptr<bool[]> unread(new bool[args.n]);
-  const SlicedArgs<Z, T> sliced{args, slices, sums.data(), weights.data(), unread.get()};
-  for (int64_t i = 0; i < args.n; ++i) unread[i] = finish_unread(args, i);
-  torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
-    run_rows<ReduceSlices<Z, T>>(sliced, begin, end);
-  });
-  run_rows<FinishSlices<Z, T>>(sliced, 0, args.n);
-  if (!args.grad) return;
-  torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
-    run_rows<GradientSlices<Z, T>>(sliced, begin, end);
-  });
-}
-
-// The state of these columns.
-template <class Z, class T>
-struct StatsRows {
-  template <bool kFma>
-  static TEMPNET_INLINE void run(const Args<Z, T>& args, int64_t begin, int64_t end) {
-    const T nan = std::numeric_limits<T>::quiet_NaN(),
-            infinity = std::numeric_limits<T>::infinity();
-    for (int64_t i = begin; i < end; ++i) {
-      const Z* z = args.logits + i * args.logits_stride;
-      const int64_t y = args.target[i];
-      const T tau = args.tau[i];
-      if (y == args.ignore_index || !args.in_vocabulary(y) || !(tau > 0 && tau < infinity)) {
-        for (int field = 0; field < kPartFields; ++field) args.parts[field * args.n + i] = nan;
-        if (args.argmax) args.argmax[i] = -1;
-        continue;
-      }
-      const RowSums<T> sums = reduce_row<kFma>(z, args.v, Constants<T>::kLog2e / tau);
-      const T z_y = args.held(y) ? T(load(z[y - args.begin])) : -infinity;
-      store_part(args.parts + i, args.n, sums.state, sums.zmax, z_y, sums.su / T(args.v), tau);
-      if (args.argmax) {
-        // Of columns that are all -inf the first is as good as any; NaN has none.
-        args.argmax[i] = std::isnan(sums.state.s) ? -1 : args.begin + argmax_of(z, sums);
-      }
-    }
-  }
-};
-
-// From the state that the forward left in rows.
-template <class Z, class T>
-struct BackwardRows {
-  template <bool kFma>
-  static TEMPNET_INLINE void run(const Args<Z, T>& args, int64_t begin, int64_t end) {
-    const int64_t n = args.n, v = args.v;
-    for (int64_t i = begin; i < end; ++i) {
-      Z* grad = args.grad + i * args.grad_stride;
-      const int64_t y = args.target[i];
-      const T tau = args.tau[i], scale = args.scale[i];
-      const T m = args.rows[kM * n + i], log2_s = args.rows[kLog2S * n + i];
-      if (y == args.ignore_index || scale == 0) {
-        std::fill(grad, grad + v, store<Z>(T(0)));
-        continue;
-      }
-      const T c = probability_factor(args.options.z_loss, Constants<T>::kLn2 * (m + log2_s), tau);
-      write_gradient<kFma>(args, args.logits + i * args.logits_stride, grad,
-                           args.held(y) ? y - args.begin : -1,
-                           {Constants<T>::kLog2e / tau, m, std::exp2(-log2_s), c, scale}, 0, v);
-    }
-  }
-};
-
-template <class Z, class T>
-struct ScaleRows {
-  template <bool kFma>
-  static TEMPNET_INLINE void run(const Args<Z, T>& args, int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) {
-      Z* grad = args.grad + i * args.grad_stride;
-      const T scale = args.scale[i];
-      if (scale == 1) continue;
-      if (scale == 0) {  // also where the gradient is NaN
-        std::fill(grad, grad + args.v, store<Z>(T(0)));
-        continue;
-      }
-#pragma omp simd
-      for (int64_t j = 0; j < args.v; ++j) grad[j] = store<Z>(load(grad[j]) * scale);
-    }
-  }
-};
 
 // Everything of Args that all three ops read off the gradient's or the logits' shape.
 template <class Z, class T>
@@ -348,13 +29,14 @@ Args<Z, T> shape_args(const Tensor& wide) {
 // Of these rows and columns, without a check of the targets.
 template <class Z, class T>
 Args<Z, T> state_args(const Tensor& logits, const Tensor& target, const Tensor& tau,
-                      int64_t ignore_index, int64_t begin, int64_t vocab_size) {
+                      int64_t ignore_index, double softcap, int64_t begin, int64_t vocab_size) {
   Args<Z, T> args = shape_args<Z, T>(logits);
   args.logits = static_cast<const Z*>(logits.const_data_ptr());
   args.logits_stride = logits.stride(0);
   args.target = target_of(target);
   args.tau = strided<T>(tau);
   args.ignore_index = ignore_index;
+  args.softcap = T(softcap);
   args.begin = begin;
   args.vocab_size = vocab_size;
   return args;
@@ -363,8 +45,8 @@ Args<Z, T> state_args(const Tensor& logits, const Tensor& target, const Tensor& 
 template <class Z, class T>
 Args<Z, T> row_args(const Tensor& logits, const Tensor& target, const Tensor& tau,
                     const Tensor& scale, int64_t ignore_index, double rho, double label_smoothing,
-                    double z_loss, int64_t begin, int64_t vocab_size) {
-  auto args = state_args<Z, T>(logits, target, tau, ignore_index, begin, vocab_size);
+                    double z_loss, double softcap, int64_t begin, int64_t vocab_size) {
+  auto args = state_args<Z, T>(logits, target, tau, ignore_index, softcap, begin, vocab_size);
   args.scale = strided<T>(scale);
   args.options = {T(rho), T(std::log(double(vocab_size))), T(label_smoothing), T(z_loss)};
   for (int64_t i = 0; i < args.n; ++i) {
@@ -381,7 +63,7 @@ using RowTensors = std::tuple<Tensor, Tensor, Tensor>;
 // grad: undefined where none is wanted; may be the logits.
 RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& target,
                    const Tensor& tau, const Tensor& scale, double rho, int64_t ignore_index,
-                   double label_smoothing, double z_loss, bool want_argmax) {
+                   double label_smoothing, double z_loss, double softcap, bool want_argmax) {
   const int64_t n = logits.size(0);
   Tensor loss = torch::stable::new_empty(tau, {n});
   Tensor rows = torch::stable::new_empty(tau, {kRowFields, n});
@@ -390,7 +72,7 @@ RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& targe
     using Z = typename decltype(types)::Storage;
     using T = typename decltype(types)::Accumulator;
     auto args = row_args<Z, T>(logits, target, tau, scale, ignore_index, rho, label_smoothing,
-                               z_loss, 0, logits.size(1));
+                               z_loss, softcap, 0, logits.size(1));
     if (grad) {
       args.grad = static_cast<Z*>(grad->mutable_data_ptr());
       args.grad_stride = grad->stride(0);
@@ -399,9 +81,9 @@ RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& targe
     args.rows = static_cast<T*>(rows.mutable_data_ptr());
     args.argmax = want_argmax ? static_cast<int64_t*>(argmax.mutable_data_ptr()) : nullptr;
     if (args.n < torch::stable::get_num_threads() && args.v > kSlice) {
-      forward_sliced(args);
+      args.softcap > 0 ? forward_sliced<true>(args) : forward_sliced<false>(args);
     } else {
-      run_parallel<ForwardRows<Z, T>>(args, args.n, args.v);
+      run_capped<ForwardRows, Z, T>(args);
     }
   });
   return {loss, rows, argmax};
@@ -409,34 +91,35 @@ RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& targe
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> dro_cross_entropy_fwd(
     Tensor logits, Tensor target, Tensor tau, Tensor scale, double rho, int64_t ignore_index,
-    double label_smoothing, double z_loss, bool want_grad, bool want_argmax) {
+    double label_smoothing, double z_loss, double softcap, bool want_grad, bool want_argmax) {
   const int64_t grad_rows = want_grad ? logits.size(0) : 0;
   Tensor grad = torch::stable::new_empty(logits, {grad_rows, logits.size(1)});
   auto [loss, rows, argmax] = forward(logits, want_grad ? &grad : nullptr, target, tau, scale, rho,
-                                      ignore_index, label_smoothing, z_loss, want_argmax);
+                                      ignore_index, label_smoothing, z_loss, softcap, want_argmax);
   return {grad, loss, rows, argmax};
 }
 
 RowTensors dro_cross_entropy_fwd_(Tensor logits, Tensor target, Tensor tau, Tensor scale,
                                   double rho, int64_t ignore_index, double label_smoothing,
-                                  double z_loss, bool want_argmax) {
+                                  double z_loss, double softcap, bool want_argmax) {
   return forward(logits, &logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss,
-                 want_argmax);
+                 softcap, want_argmax);
 }
 
 std::tuple<Tensor, Tensor> dro_cross_entropy_stats(Tensor logits, Tensor target, Tensor tau,
-                                                   int64_t ignore_index, int64_t begin,
-                                                   int64_t vocab_size, bool, bool want_argmax) {
+                                                   int64_t ignore_index, double softcap,
+                                                   int64_t begin, int64_t vocab_size, bool,
+                                                   bool want_argmax) {
   const int64_t n = logits.size(0);
   Tensor parts = torch::stable::new_empty(tau, {kPartFields, n});
   Tensor argmax = torch::stable::new_empty(tau, {want_argmax ? n : 0}, ScalarType::Long);
   for_dtype(kName, "logits", logits, [&](auto types) {
     using Z = typename decltype(types)::Storage;
     using T = typename decltype(types)::Accumulator;
-    auto args = state_args<Z, T>(logits, target, tau, ignore_index, begin, vocab_size);
+    auto args = state_args<Z, T>(logits, target, tau, ignore_index, softcap, begin, vocab_size);
     args.parts = static_cast<T*>(parts.mutable_data_ptr());
     args.argmax = want_argmax ? static_cast<int64_t*>(argmax.mutable_data_ptr()) : nullptr;
-    run_parallel<StatsRows<Z, T>>(args, args.n, args.v);
+    run_capped<StatsRows, Z, T>(args);
   });
   return {parts, argmax};
 }
@@ -444,33 +127,33 @@ std::tuple<Tensor, Tensor> dro_cross_entropy_stats(Tensor logits, Tensor target,
 // grad may be the logits.
 void backward(const Tensor& logits, const Tensor& grad, const Tensor& target, const Tensor& tau,
               const Tensor& scale, const Tensor& rows, int64_t ignore_index, double label_smoothing,
-              double z_loss, int64_t begin, int64_t vocab_size) {
+              double z_loss, double softcap, int64_t begin, int64_t vocab_size) {
   for_dtype(kName, "logits", logits, [&](auto types) {
     using Z = typename decltype(types)::Storage;
     using T = typename decltype(types)::Accumulator;
     auto args = row_args<Z, T>(logits, target, tau, scale, ignore_index, 0, label_smoothing, z_loss,
-                               begin, vocab_size);
+                               softcap, begin, vocab_size);
     args.grad = static_cast<Z*>(grad.mutable_data_ptr());
     args.grad_stride = grad.stride(0);
     args.rows = static_cast<T*>(rows.mutable_data_ptr());
-    run_parallel<BackwardRows<Z, T>>(args, args.n, args.v);
+    run_capped<BackwardRows, Z, T>(args);
   });
 }
 
 Tensor dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows,
                              int64_t ignore_index, double label_smoothing, double z_loss,
-                             int64_t begin, int64_t vocab_size) {
+                             double softcap, int64_t begin, int64_t vocab_size) {
   Tensor grad = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
-  backward(logits, grad, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin,
-           vocab_size);
+  backward(logits, grad, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, softcap,
+           begin, vocab_size);
   return grad;
 }
 
 void dro_cross_entropy_bwd_(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows,
                             int64_t ignore_index, double label_smoothing, double z_loss,
-                            int64_t begin, int64_t vocab_size) {
-  backward(logits, logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin,
-           vocab_size);
+                            double softcap, int64_t begin, int64_t vocab_size) {
+  backward(logits, logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, softcap,
+           begin, vocab_size);
 }
 
 void scale_rows_(Tensor grad, Tensor scale) {

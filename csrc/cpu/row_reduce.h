@@ -43,8 +43,11 @@ TEMPNET_INLINE const T* widen(const Z* z, T* scratch, int64_t count) {
   return scratch;
 }
 
-template <bool kFma, class Z, class T>
-TEMPNET_INLINE Block<T> reduce_block(const Z* logits, int64_t count, T a) {
+// scale: a, or a Capped. zmax is that of the logits given.
+template <bool kFma, class Z, class Scale>
+TEMPNET_INLINE auto reduce_block(const Z* logits, int64_t count, const Scale& scale) {
+  using T = decltype(factor_of(scale));
+  const T a = factor_of(scale);
   // 16-bit logits are converted once: the compiler does not vectorise a reduction over mixed
   // widths.
   T scratch[kBlock];
@@ -54,14 +57,14 @@ TEMPNET_INLINE Block<T> reduce_block(const Z* logits, int64_t count, T a) {
   for (int64_t j = 0; j < count; ++j) {
     zmax = z[j] > zmax ? z[j] : zmax;  // drops NaN, which reaches s below
   }
-  const T m = std::max(zmax * a, Constants<T>::kEmpty);
+  const T m = std::max(logit(zmax, scale).value * a, Constants<T>::kEmpty);
   Block<T> block{{m, 0, 0}, zmax, 0};
   for (int64_t begin = 0; begin < count; begin += kSum) {
     const int64_t end = std::min(count, begin + kSum);
     T s = 0, sx = 0, su = 0;
 #pragma omp simd reduction(+ : s, sx, su)
     for (int64_t j = begin; j < end; ++j) {
-      const T u = centred<kFma>(z[j], a, m);
+      const T u = centred<kFma>(logit(z[j], scale).value, a, m);
       const T clamped = clamp_exponent(u);
       const T e = exp2_clamped(clamped);
       s += e;
@@ -132,6 +135,16 @@ void run_parallel(const Args& args, int64_t n, int64_t v) {
   const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, v));
   torch::stable::parallel_for(
       0, n, grain, [&](int64_t begin, int64_t end) { run_rows<Rows>(args, begin, end); });
+}
+
+// Rows<Z, T, kCapped>::run, with args.softcap or without.
+template <template <class, class, bool> class Rows, class Z, class T, class Args>
+void run_capped(const Args& args) {
+  if (args.softcap > 0) {
+    run_parallel<Rows<Z, T, true>>(args, args.n, args.v);
+  } else {
+    run_parallel<Rows<Z, T, false>>(args, args.n, args.v);
+  }
 }
 
 }  // namespace tempnet

@@ -7,7 +7,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "../online_softmax.h"
+#include "../softcap.h"
 
 namespace tempnet {
 
@@ -152,5 +152,27 @@ TEMPNET_INLINE double exp2_clamped(double u) { return std::exp2(u); }
 // unlike -inf, also has weight * u = 0. The comparison keeps NaN.
 TEMPNET_INLINE float clamp_exponent(float u) { return u < -127.0f ? -127.0f : u; }
 TEMPNET_INLINE double clamp_exponent(double u) { return u < -2000.0 ? -2000.0 : u; }
+
+// tanh(x) and its derivative, both with a relative error below 3e-7; the exact derivative is lost
+// in 1 - tanh(x)^2 where that is small.
+TEMPNET_INLINE Logit<float> tanh_of(float x) {
+  const float y = std::fabs(x), s = y * y;
+  const float e = exp2_clamped(clamp_exponent(y * Tanh::kRate)), r = 1 / (1 + e);
+  const float p = ((Tanh::k9 * s + Tanh::k7) * s + Tanh::k5) * s + Tanh::k3;
+  const float t = y < Tanh::kEnd ? y + y * (p * s) : 1 - 2 * e * r;
+  return {std::copysign(t, x), 4 * e * r * r};
+}
+TEMPNET_INLINE Logit<double> tanh_of(double x) {
+  const double t = std::tanh(x);
+  return {t, 1 - t * t};
+}
+
+TEMPNET_INLINE Logit<float> logit(float z, float) { return {z, 1}; }
+TEMPNET_INLINE Logit<double> logit(double z, double) { return {z, 1}; }
+template <class T>
+TEMPNET_INLINE Logit<T> logit(T z, const Capped<T>& scale) {
+  const Logit<T> t = tanh_of(z * scale.inverse_c);
+  return {scale.c * t.value, t.slope};
+}
 
 }  // namespace tempnet

@@ -40,6 +40,12 @@ TEMPNET_DEVICE float exp2_approx(float x) {
   return y;
 }
 
+TEMPNET_DEVICE float reciprocal_approx(float x) {
+  float y;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  return y;
+}
+
 // A product that the compiler must not contract: its rounding is part of the algebra.
 TEMPNET_DEVICE float multiply(float x, float y) { return __fmul_rn(x, y); }
 

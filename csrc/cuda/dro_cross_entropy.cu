@@ -39,7 +39,7 @@ Params shape_params(const Tensor& wide) {
 }
 
 Params state_params(const Tensor& logits, const Tensor& target, const Tensor& tau,
-                    int64_t ignore_index, int64_t begin, int64_t vocab_size) {
+                    int64_t ignore_index, double softcap, int64_t begin, int64_t vocab_size) {
   Params params = shape_params(logits);
   params.logits = logits.const_data_ptr();
   params.logits_stride = logits.stride(0);
@@ -49,6 +49,7 @@ Params state_params(const Tensor& logits, const Tensor& target, const Tensor& ta
   params.tau = static_cast<const float*>(tau.const_data_ptr());
   params.tau_stride = tau.stride(0);
   params.ignore_index = ignore_index;
+  params.softcap = float(softcap);
   params.begin = begin;
   params.vocab_size = vocab_size;
   return params;
@@ -56,8 +57,8 @@ Params state_params(const Tensor& logits, const Tensor& target, const Tensor& ta
 
 Params row_params(const Tensor& logits, const Tensor& target, const Tensor& tau,
                   const Tensor& scale, double rho, int64_t ignore_index, double label_smoothing,
-                  double z_loss, int64_t begin, int64_t vocab_size) {
-  Params params = state_params(logits, target, tau, ignore_index, begin, vocab_size);
+                  double z_loss, double softcap, int64_t begin, int64_t vocab_size) {
+  Params params = state_params(logits, target, tau, ignore_index, softcap, begin, vocab_size);
   params.scale = static_cast<const float*>(scale.const_data_ptr());
   params.scale_stride = scale.stride(0);
   params.options = {float(rho), float(std::log(double(vocab_size))), float(label_smoothing),
@@ -78,7 +79,7 @@ using RowTensors = std::tuple<Tensor, Tensor, Tensor>;
 
 RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& target,
                    const Tensor& tau, const Tensor& scale, double rho, int64_t ignore_index,
-                   double label_smoothing, double z_loss, bool want_argmax) {
+                   double label_smoothing, double z_loss, double softcap, bool want_argmax) {
   const OnDevice on(kName, logits);
   const int64_t n = logits.size(0);
   Tensor loss = torch::stable::new_empty(tau, {n});
@@ -86,7 +87,7 @@ RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& targe
   Tensor argmax = torch::stable::new_empty(tau, {want_argmax ? n : 0}, ScalarType::Long);
   if (n == 0) return {loss, rows, argmax};
   Params params = row_params(logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss,
-                             0, logits.size(1));
+                             softcap, 0, logits.size(1));
   if (grad) {
     params.grad = grad->mutable_data_ptr();
     params.grad_stride = grad->stride(0);
@@ -99,7 +100,8 @@ RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& targe
   for_dtype(kName, "logits", logits, [&](auto zero) {
     using Z = decltype(zero);
     const Plan plan = plan_forward(n, params.v, sizeof(Z), aligned_rows<Z>(params), compiled_arch(),
-                                   on.multiprocessors, mode_of(params), params.grad != nullptr);
+                                   on.multiprocessors, mode_of(params), params.grad != nullptr,
+                                   params.softcap > 0);
     Tensor parts = tau;  // holds the memory until the launches are queued
     if (plan.kernel == Kernel::kSplit) {
       parts = allocate_parts(params, tau, n * divide_up(params.v, plan.slice));
@@ -111,31 +113,31 @@ RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& targe
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> dro_cross_entropy_fwd(
     Tensor logits, Tensor target, Tensor tau, Tensor scale, double rho, int64_t ignore_index,
-    double label_smoothing, double z_loss, bool want_grad, bool want_argmax) {
+    double label_smoothing, double z_loss, double softcap, bool want_grad, bool want_argmax) {
   const int64_t grad_rows = want_grad ? logits.size(0) : 0;
   Tensor grad = torch::stable::new_empty(logits, {grad_rows, logits.size(1)});
   auto [loss, rows, argmax] = forward(logits, want_grad ? &grad : nullptr, target, tau, scale, rho,
-                                      ignore_index, label_smoothing, z_loss, want_argmax);
+                                      ignore_index, label_smoothing, z_loss, softcap, want_argmax);
   return {grad, loss, rows, argmax};
 }
 
 RowTensors dro_cross_entropy_fwd_(Tensor logits, Tensor target, Tensor tau, Tensor scale,
                                   double rho, int64_t ignore_index, double label_smoothing,
-                                  double z_loss, bool want_argmax) {
+                                  double z_loss, double softcap, bool want_argmax) {
   return forward(logits, &logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss,
-                 want_argmax);
+                 softcap, want_argmax);
 }
 
 std::tuple<Tensor, Tensor> dro_cross_entropy_stats(Tensor logits, Tensor target, Tensor tau,
-                                                   int64_t ignore_index, int64_t begin,
-                                                   int64_t vocab_size, bool want_mean,
-                                                   bool want_argmax) {
+                                                   int64_t ignore_index, double softcap,
+                                                   int64_t begin, int64_t vocab_size,
+                                                   bool want_mean, bool want_argmax) {
   const OnDevice on(kName, logits);
   const int64_t n = logits.size(0);
   Tensor stats = torch::stable::new_empty(tau, {kPartFields, n});
   Tensor argmax = torch::stable::new_empty(tau, {want_argmax ? n : 0}, ScalarType::Long);
   if (n == 0) return {stats, argmax};
-  Params params = state_params(logits, target, tau, ignore_index, begin, vocab_size);
+  Params params = state_params(logits, target, tau, ignore_index, softcap, begin, vocab_size);
   params.stats = static_cast<float*>(stats.mutable_data_ptr());
   params.argmax = want_argmax ? static_cast<int64_t*>(argmax.mutable_data_ptr()) : nullptr;
   for_dtype(kName, "logits", logits, [&](auto zero) {
@@ -150,10 +152,10 @@ std::tuple<Tensor, Tensor> dro_cross_entropy_stats(Tensor logits, Tensor target,
 // grad may be the logits.
 void backward(const Tensor& logits, const Tensor& grad, const Tensor& target, const Tensor& tau,
               const Tensor& scale, const Tensor& rows, int64_t ignore_index, double label_smoothing,
-              double z_loss, int64_t begin, int64_t vocab_size) {
+              double z_loss, double softcap, int64_t begin, int64_t vocab_size) {
   const OnDevice on(kName, logits);
   Params params = row_params(logits, target, tau, scale, 0, ignore_index, label_smoothing, z_loss,
-                             begin, vocab_size);
+                             softcap, begin, vocab_size);
   params.grad = grad.mutable_data_ptr();
   params.grad_stride = grad.stride(0);
   params.rows = static_cast<float*>(rows.mutable_data_ptr());
@@ -163,18 +165,18 @@ void backward(const Tensor& logits, const Tensor& grad, const Tensor& target, co
 
 Tensor dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows,
                              int64_t ignore_index, double label_smoothing, double z_loss,
-                             int64_t begin, int64_t vocab_size) {
+                             double softcap, int64_t begin, int64_t vocab_size) {
   Tensor grad = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
-  backward(logits, grad, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin,
-           vocab_size);
+  backward(logits, grad, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, softcap,
+           begin, vocab_size);
   return grad;
 }
 
 void dro_cross_entropy_bwd_(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows,
                             int64_t ignore_index, double label_smoothing, double z_loss,
-                            int64_t begin, int64_t vocab_size) {
-  backward(logits, logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin,
-           vocab_size);
+                            double softcap, int64_t begin, int64_t vocab_size) {
+  backward(logits, logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, softcap,
+           begin, vocab_size);
 }
 
 void scale_rows_(Tensor grad, Tensor scale) {
@@ -204,7 +206,7 @@ LaunchPlan launch_plan(int64_t n, int64_t v, const std::string& dtype, int arch)
     using Z = decltype(zero);
     const bool aligned = v % kColumns<Z> == 0;
     const Plan plan =
-        plan_forward(n, int(v), sizeof(Z), aligned, arch, multiprocessors, kGradient, true);
+        plan_forward(n, int(v), sizeof(Z), aligned, arch, multiprocessors, kGradient, true, false);
     int registers = -1;
     if (devices)
       registers = attributes_of(forward_kernel<Z, kGradient>(plan.kernel, aligned)).numRegs;

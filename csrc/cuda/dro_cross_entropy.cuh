@@ -4,6 +4,7 @@
 // - row_kernel: a CTA, or on sm_90 a cluster of CTAs, per row. The row stays in registers, packed,
 //   between its sums and its gradient; or it is read twice, the second time from the L2 cache.
 // - split_kernel, join_kernel: few rows, each spread over many CTAs, without clusters.
+// - row_kernel with kCapped: a row of softcapped logits, always read twice by one CTA.
 // - split_kernel, stats_kernel: the state of the rows, for other processes to merge.
 #pragma once
 
@@ -38,6 +39,7 @@ struct Params {
   int slices;      // per row
   Partial* parts;  // [n, slices], for split_kernel
   Extras* extras;  // the same
+  float softcap;   // 0 for none: kernels with kCapped
 };
 
 constexpr int kSplitThreads = 256;
@@ -76,6 +78,12 @@ TEMPNET_DEVICE Z* grad_row(const Params& params, int64_t i) {
   return static_cast<Z*>(params.grad) + i * params.grad_stride;
 }
 
+// What makes the row's logits exponents.
+template <bool kCapped>
+TEMPNET_DEVICE auto exponent_of(const Params& params, const RowInputs& row) {
+  return scale_of<kCapped>(params.softcap, row.a);
+}
+
 TEMPNET_DEVICE float times(float scale, float x) { return scale == 0 ? 0.0f : scale * x; }
 
 // A row that is not read: ignored, or with a bad target or temperature.
@@ -94,11 +102,13 @@ TEMPNET_DEVICE void dead_row(const Params& params, const RowInputs& row, bool fi
 }
 
 // One thread's work.
-TEMPNET_DEVICE void store_row(const Params& params, const RowInputs& row, const Partial& p,
-                              const Extras* extras) {
-  const RowState<float> state{row_maximum(p.zmax, row.a), p.s, p.sx};
+template <class Scale>
+TEMPNET_DEVICE void store_row(const Params& params, const RowInputs& row, const Scale& scale,
+                              const Partial& p, const Extras* extras) {
+  const RowState<float> state{row_maximum(p.zmax, scale), p.s, p.sx};
   const float mean_u = extras ? extras->su / float(params.v) : 0.0f;
-  const RowResult<float> r = finish(state, p.zmax, p.z_y, mean_u, row.tau, params.options);
+  const RowResult<float> r = finish(state, logit(p.zmax, scale).value, logit(p.z_y, scale).value,
+                                    mean_u, row.tau, params.options);
   const int64_t n = params.n, i = row.i;
   params.loss[i] = times(row.scale, r.loss);
   params.rows[kLoss * n + i] = r.loss;
@@ -113,31 +123,35 @@ TEMPNET_DEVICE void store_row(const Params& params, const RowInputs& row, const 
   }
 }
 
-TEMPNET_DEVICE Gradient gradient(const Params& params, const RowInputs& row, const Partial& p,
-                                 float stored) {
-  const float m = row_maximum(p.zmax, row.a);
+template <class Scale>
+TEMPNET_DEVICE Gradient<Scale> gradient(const Params& params, const RowInputs& row,
+                                        const Scale& scale, const Partial& p, float stored) {
+  const float m = row_maximum(p.zmax, scale);
   const float z_loss = params.options.z_loss, ln2 = Constants<float>::kLn2;
   const float c = z_loss == 0 ? 1.0f : probability_factor(z_loss, ln2 * (m + log2f(p.s)), row.tau);
-  return gradient_of_row(row.a, m, 1 / p.s, p.z_y, row.y, c, stored, params.options.label_smoothing,
+  return gradient_of_row(scale, m, 1 / p.s, p.z_y, row.y, c, stored, params.options.label_smoothing,
                          1 / float(params.v));
 }
 
-template <class Z>
-TEMPNET_DEVICE void write_span(const Span<Z, true>& span, Z* row, const Gradient& g) {
-  transform_span(span, row,
-                 [&](int column, uint32_t (&words)[kWords]) { to_gradient<Z>(g, column, words); });
+template <class Z, class Scale>
+TEMPNET_DEVICE void write_span(const Span<Z, true>& span, Z* row, const Gradient<Scale>& g) {
+  constexpr int kHeld = is_capped<Scale> ? kBatch / 4 : kBatch;  // tanh takes registers
+  transform_span<kHeld>(
+      span, row, [&](int column, uint32_t (&words)[kWords]) { to_gradient<Z>(g, column, words); });
 }
 
 // More threads leave 64 registers each, which the row and the rarer statistics do not fit in.
-constexpr int row_threads(Mode mode) { return mode == kAll ? 512 : 1024; }
+constexpr int row_threads(Mode mode, bool capped = false) {
+  return capped ? 256 : mode == kAll ? 512 : 1024;
+}
 
 // How row_kernel reads a row: a thread holds its vectors in registers between the reduction and
 // the gradient, or reads them twice.
 enum Read { kAligned, kEdged, kTwice };
 
 // A cluster of CTAs per row, a slice of it each.
-template <class Z, Mode kMode, Read kRead>
-TEMPNET_KERNEL(row_threads(kMode), 1)
+template <class Z, Mode kMode, Read kRead, bool kCapped>
+TEMPNET_KERNEL(row_threads(kMode, kCapped), 1)
 row_kernel(TEMPNET_PARAM Params params) {
   constexpr bool kHasExtras = has_extras<kMode>;
   const int rank = int(cluster_rank());
@@ -149,29 +163,30 @@ row_kernel(TEMPNET_PARAM Params params) {
     return;
   }
   begin_merge<kHasExtras>();
+  const auto scale = exponent_of<kCapped>(params, row);
   const Z* logits = logits_row<Z>(params, row.i);
   const Span<Z, kRead != kAligned> span(logits, begin, end);
   uint32_t words[kVectors][kWords];
   Partial p;
   Extras extras_of_row, *extras = kHasExtras ? &extras_of_row : nullptr;
   if constexpr (kRead == kTwice) {
-    p = reduce_span<Z, kMode>(span, row.a, extras);
+    p = reduce_span<Z, kMode>(span, scale, extras);
   } else {
     const auto column = [&](int k) { return span.column(k * int(blockDim.x) + int(threadIdx.x)); };
 #pragma unroll
     for (int k = 0; k < kVectors; ++k) span.template load<false>(column(k), words[k]);
-    p = reduce_vectors<Z, kMode>(words, row.a, span, column, extras);
+    p = reduce_vectors<Z, kMode>(words, scale, span, column, extras);
   }
   if (span.holds(row.y)) p.z_y = to_float(logits[row.y]);
-  merge_warps<kHasExtras>(p, extras, row.a);
-  if (rank == 0 && threadIdx.x == 0) store_row(params, row, p, extras);
+  merge_warps<kHasExtras>(p, extras, scale);
+  if (rank == 0 && threadIdx.x == 0) store_row(params, row, scale, p, extras);
   if (kMode == kForward || !params.grad || begin >= end) return;
   Z* grad = grad_row<Z>(params, row.i);
   if (row.scale == 0) {
     fill(grad, begin, end, 0.0f);
     return;
   }
-  const Gradient g = gradient(params, row, p, params.unscaled ? 1.0f : row.scale);
+  const auto g = gradient(params, row, scale, p, params.unscaled ? 1.0f : row.scale);
   if constexpr (kRead == kTwice) {
     write_span(span, grad, g);
   } else {
@@ -192,7 +207,7 @@ row_kernel(TEMPNET_PARAM Params params) {
 }
 
 // The part of slice blockIdx.y of row blockIdx.x.
-template <class Z, Mode kMode>
+template <class Z, Mode kMode, bool kCapped>
 TEMPNET_KERNEL(kSplitThreads, 2)
 split_kernel(TEMPNET_PARAM Params params) {
   constexpr bool kHasExtras = has_extras<kMode>;
@@ -202,9 +217,10 @@ split_kernel(TEMPNET_PARAM Params params) {
   const int begin = blockIdx.y * params.slice, end = min(params.v, begin + params.slice);
   const Span<Z, true> span(logits, begin, end);
   Extras extras_of_row, *extras = kHasExtras ? &extras_of_row : nullptr;
-  Partial p = reduce_span<Z, kMode>(span, row.a, extras);
+  const auto scale = exponent_of<kCapped>(params, row);
+  Partial p = reduce_span<Z, kMode>(span, scale, extras);
   if (span.holds(row.y)) p.z_y = to_float(logits[row.y]);
-  merge_warps<kHasExtras>(p, extras, row.a);
+  merge_warps<kHasExtras>(p, extras, scale);
   if (threadIdx.x == 0) {
     const int64_t at = int64_t(row.i) * params.slices + blockIdx.y;
     params.parts[at] = p;
@@ -213,15 +229,16 @@ split_kernel(TEMPNET_PARAM Params params) {
 }
 
 // The union of the row's parts, in every lane.
-TEMPNET_DEVICE void merge_slices(const Params& params, const RowInputs& row, Partial& p,
-                                 Extras* extras) {
+template <class Scale>
+TEMPNET_DEVICE void merge_slices(const Params& params, const RowInputs& row, const Scale& scale,
+                                 Partial& p, Extras* extras) {
   for (int j = threadIdx.x % kWarp; j < params.slices; j += kWarp) {
     const int64_t at = int64_t(row.i) * params.slices + j;
     Extras q_extras;
     if (extras) q_extras = params.extras[at];
-    merge_into(p, extras, params.parts[at], extras ? &q_extras : nullptr, row.a);
+    merge_into(p, extras, params.parts[at], extras ? &q_extras : nullptr, scale);
   }
-  warp_merge(p, extras, row.a);
+  warp_merge(p, extras, scale);
 }
 
 // The row's result from its parts, and the gradient of slice blockIdx.y.
@@ -236,8 +253,8 @@ join_kernel(TEMPNET_PARAM Params params) {
   }
   Partial p;
   Extras extras_of_row, *extras = kHasExtras ? &extras_of_row : nullptr;
-  merge_slices(params, row, p, extras);
-  if (blockIdx.y == 0 && threadIdx.x == 0) store_row(params, row, p, extras);
+  merge_slices(params, row, row.a, p, extras);
+  if (blockIdx.y == 0 && threadIdx.x == 0) store_row(params, row, row.a, p, extras);
   if (!params.grad) return;
   Z* grad = grad_row<Z>(params, row.i);
   if (row.scale == 0) {
@@ -245,11 +262,11 @@ join_kernel(TEMPNET_PARAM Params params) {
     return;
   }
   write_span(Span<Z, true>(logits_row<Z>(params, row.i), begin, end), grad,
-             gradient(params, row, p, params.unscaled ? 1.0f : row.scale));
+             gradient(params, row, row.a, p, params.unscaled ? 1.0f : row.scale));
 }
 
 // The state of a row from its parts, by a warp.
-template <bool kHasExtras>
+template <bool kHasExtras, bool kCapped>
 TEMPNET_KERNEL(kSplitThreads, 2)
 stats_kernel(TEMPNET_PARAM Params params) {
   const int64_t n = params.n, i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / kWarp;
@@ -264,16 +281,18 @@ stats_kernel(TEMPNET_PARAM Params params) {
   }
   Partial p;
   Extras extras_of_row, *extras = kHasExtras ? &extras_of_row : nullptr;
-  merge_slices(params, row, p, extras);
+  const auto scale = exponent_of<kCapped>(params, row);
+  merge_slices(params, row, scale, p, extras);
   if (!first) return;
-  const RowState<float> state{row_maximum(p.zmax, row.a), p.s, p.sx};
+  const RowState<float> state{row_maximum(p.zmax, scale), p.s, p.sx};
+  const float delta = rounding_of_maximum(logit(p.zmax, scale).value, state.m, row.tau);
   const float mean_u = kHasExtras ? extras->su / float(params.v) : 0.0f;
-  store_part(params.stats + i, n, state, p.zmax, p.z_y, mean_u, row.tau);
+  store_part(params.stats + i, n, state, p.zmax, delta, p.z_y, mean_u);
   if (params.argmax) params.argmax[i] = params.begin + extras->argmax;
 }
 
 // The gradient of slice blockIdx.y from the state that the forward left in rows.
-template <class Z>
+template <class Z, bool kCapped>
 TEMPNET_KERNEL(kElementwiseThreads, 1)
 backward_kernel(TEMPNET_PARAM Params params) {
   const RowInputs row = load_row(params, blockIdx.x);
@@ -291,9 +310,10 @@ backward_kernel(TEMPNET_PARAM Params params) {
   const Span<Z, true> span(logits, begin, end);
   // In place: the thread that overwrites the target's logit has read it; no other one uses it.
   const float z_y = span.holds(row.y) ? to_float(logits[row.y]) : -INFINITY;
-  write_span(span, grad,
-             gradient_of_row(row.a, m, exp2f(-log2_s), z_y, row.y, c, row.scale,
-                             params.options.label_smoothing, 1 / float(params.vocab_size)));
+  write_span(
+      span, grad,
+      gradient_of_row(exponent_of<kCapped>(params, row), m, exp2f(-log2_s), z_y, row.y, c,
+                      row.scale, params.options.label_smoothing, 1 / float(params.vocab_size)));
 }
 
 // CTAs take rows in turn, and look at the scales of a warp's width of them at a time: where every

@@ -20,7 +20,7 @@ struct Plan {
 // arch: 80 for compute capability 8.0. aligned: see forward_kernel. Limits as measured on an H100
 // (benchmarks/NOTES.md).
 inline Plan plan_forward(int64_t n, int v, int itemsize, bool aligned, int arch,
-                         int multiprocessors, Mode mode, bool want_grad) {
+                         int multiprocessors, Mode mode, bool want_grad, bool capped) {
   const int bytes = v * itemsize;
   const bool few = n <= multiprocessors / 2, long_row = bytes > 1 << 16;
   // A long row that is read once needs no registers to stay in, and no exchange. With a gradient,
@@ -29,6 +29,8 @@ inline Plan plan_forward(int64_t n, int v, int itemsize, bool aligned, int arch,
   const int once = mode == kForward ? 1 << 16 : 104 << 10;
   const bool twice_in_cache = mode == kGradient && !aligned && bytes <= 104 << 10;
   const Plan twice{Kernel::kTwoPass, 1, 512, kVectors, v};
+  // Fewer threads than without a cap: tanh takes registers, of which more CTAs are to have enough.
+  if (capped) return {Kernel::kTwoPass, 1, 256, kVectors, v};
   if (!few && long_row && (want_grad ? twice_in_cache : bytes > once)) return twice;
   // The smallest cluster that holds the row in CTAs of which two fit on a multiprocessor; for few
   // rows the largest.
@@ -57,11 +59,11 @@ template <class Z, Mode kMode>
 auto forward_kernel(Kernel kernel, bool aligned) -> void (*)(Params) {
   switch (kernel) {
     case Kernel::kRow:
-      return aligned ? row_kernel<Z, kMode, kAligned> : row_kernel<Z, kMode, kEdged>;
+      return aligned ? row_kernel<Z, kMode, kAligned, false> : row_kernel<Z, kMode, kEdged, false>;
     case Kernel::kTwoPass:
-      return row_kernel<Z, kMode, kTwice>;
+      return row_kernel<Z, kMode, kTwice, false>;
     default:
-      return split_kernel<Z, kMode>;
+      return split_kernel<Z, kMode, false>;
   }
 }
 
@@ -94,9 +96,17 @@ inline Mode mode_of(const Params& params) {
 }
 
 template <class Z>
-void launch_forward(const Params& params, const Plan& plan, Stream stream) {
+void launch_forward(Params params, const Plan& plan, Stream stream) {
   if (params.n == 0) return;
-  switch (mode_of(params)) {
+  const Mode mode = mode_of(params);
+  if (params.softcap > 0) {  // two kernels for the four modes: each is compiled, and rarely used
+    params.slice = plan.slice;
+    launch(mode > kGradient ? row_kernel<Z, kAll, kTwice, true>
+                            : row_kernel<Z, kGradient, kTwice, true>,
+           dim3(unsigned(params.n)), plan.threads, 1, merge_bytes(plan.threads, 1), stream, params);
+    return;
+  }
+  switch (mode) {
     case kForward:
       return launch_mode<Z, kForward>(params, plan, stream);
     case kGradient:
@@ -116,12 +126,12 @@ inline void plan_stats(Params& params, int itemsize, int multiprocessors) {
   params.slices = divide_up(params.v, params.slice);
 }
 
-template <class Z, Mode kMode>
+template <class Z, Mode kMode, bool kCapped>
 void launch_stats_mode(const Params& params, Stream stream) {
   const unsigned n = unsigned(params.n);
-  launch(split_kernel<Z, kMode>, dim3(n, params.slices), kSplitThreads, 1,
+  launch(split_kernel<Z, kMode, kCapped>, dim3(n, params.slices), kSplitThreads, 1,
          merge_bytes(kSplitThreads, 1), stream, params);
-  launch(stats_kernel<has_extras<kMode>>, dim3(divide_up(int(n), kSplitThreads / kWarp)),
+  launch(stats_kernel<has_extras<kMode>, kCapped>, dim3(divide_up(int(n), kSplitThreads / kWarp)),
          kSplitThreads, 1, 0, stream, params);
 }
 
@@ -130,9 +140,13 @@ void launch_stats(Params params, bool want_mean, Stream stream) {
   if (params.n == 0) return;
   params.scale = params.tau;  // load_row reads a scale, which a state has not
   params.scale_stride = params.tau_stride;
-  if (want_mean) return launch_stats_mode<Z, kAll>(params, stream);
-  if (params.argmax) return launch_stats_mode<Z, kArgmax>(params, stream);
-  launch_stats_mode<Z, kForward>(params, stream);
+  if (params.softcap > 0) {
+    if (want_mean || params.argmax) return launch_stats_mode<Z, kAll, true>(params, stream);
+    return launch_stats_mode<Z, kForward, true>(params, stream);
+  }
+  if (want_mean) return launch_stats_mode<Z, kAll, false>(params, stream);
+  if (params.argmax) return launch_stats_mode<Z, kArgmax, false>(params, stream);
+  launch_stats_mode<Z, kForward, false>(params, stream);
 }
 
 template <class Z>
@@ -143,8 +157,8 @@ void launch_backward(Params params, Stream stream) {
   params.slice = lines(divide_up(params.v, slices), sizeof(Z));
   const int vectors = divide_up(params.slice, kColumns<Z>) + 1;
   const int threads = divide_up(divide_up(vectors, kBatch), kWarp) * kWarp;
-  launch(backward_kernel<Z>, dim3(unsigned(params.n), slices), min(kElementwiseThreads, threads), 1,
-         0, stream, params);
+  launch(params.softcap > 0 ? backward_kernel<Z, true> : backward_kernel<Z, false>,
+         dim3(unsigned(params.n), slices), min(kElementwiseThreads, threads), 1, 0, stream, params);
 }
 
 template <class Z>

@@ -31,10 +31,11 @@ Params params_of(const char* function, const Tensor& logits) {
   return params;
 }
 
-Tensor row_moments(Tensor logits, bool center) {
+Tensor row_moments(Tensor logits, bool center, double softcap) {
   const char* const name = "row_moments";
   const OnDevice on(name, logits);
   auto params = params_of<linear::Params>(name, logits);
+  params.softcap = float(softcap);
   Tensor moments =
       torch::stable::new_empty(logits, {5, params.n}, torch::headeronly::ScalarType::Float);
   params.moments = static_cast<float*>(moments.mutable_data_ptr());
@@ -43,7 +44,7 @@ Tensor row_moments(Tensor logits, bool center) {
   return moments;
 }
 
-Tensor normalized_rows(Tensor logits, Tensor shift, Tensor inverse) {
+Tensor normalized_rows(Tensor logits, Tensor shift, Tensor inverse, double softcap) {
   const char* const name = "normalized_rows";
   const OnDevice on(name, logits);
   auto params = params_of<linear::NormalizeParams>(name, logits);
@@ -51,6 +52,7 @@ Tensor normalized_rows(Tensor logits, Tensor shift, Tensor inverse) {
   Tensor x = torch::stable::new_empty(shift, {params.n, params.v});
   params.shift = data<float>(shift);
   params.inverse = data<float>(inverse);
+  params.softcap = float(softcap);
   params.x = static_cast<float*>(x.mutable_data_ptr());
   for_dtype(name, "logits", logits,
             [&](auto zero) { linear::launch_normalize<decltype(zero)>(params, on.stream); });

@@ -15,6 +15,7 @@ struct Params {
   const void* logits;  // [n, v], column stride 1
   int64_t stride;
   float* moments;  // [5, n]: shift, sum of (z - shift)^2, of z - shift, count, without -inf; 1/norm
+  float softcap;   // 0 for none
 };
 
 constexpr int kThreads = 512;
@@ -45,11 +46,13 @@ TEMPNET_DEVICE void warp_merge(Moments& p) {
   p.squares = warp_sum(p.squares);
 }
 
-template <class Z, bool kCenter>
-TEMPNET_DEVICE void add_vectors(const uint32_t (&words)[kBatch][kWords], Moments& p) {
+template <bool kCenter, class Z, class Scale, class Column>
+TEMPNET_DEVICE void add_vectors(const uint32_t (&words)[kBatch][kWords], const Scale& scale,
+                                const Span<Z, true>& span, Column column, Moments& p) {
   if (kCenter) {
     int unused;
-    const float shift = fmaxf(p.shift, packed_maximum<Z, false>(words, unused));
+    const float zmax = logit(packed_maximum<Z, false>(words, unused), scale).value;
+    const float shift = fmaxf(p.shift, zmax);
     move_to(shift, p);
     p.shift = shift;
   }
@@ -57,8 +60,10 @@ TEMPNET_DEVICE void add_vectors(const uint32_t (&words)[kBatch][kWords], Moments
   for (int k = 0; k < kBatch; ++k) {
 #pragma unroll
     for (int j = 0; j < kColumns<Z>; ++j) {
-      const float z = Word<Z>::get(words[k][j / Word<Z>::kCount], j % Word<Z>::kCount);
-      const bool counted = z != -INFINITY;  // NaN counts
+      const float given = Word<Z>::get(words[k][j / Word<Z>::kCount], j % Word<Z>::kCount);
+      const float z = logit(given, scale).value;
+      // NaN counts; and capped, -inf, but not that of a column that is not the span's.
+      const bool counted = is_capped<Scale> ? span.holds(column(k) + j) : z != -INFINITY;
       const float x = counted ? (kCenter ? z - p.shift : z) : 0.0f;
       p.squares = fmaf(x, x, p.squares);
       if (kCenter) {
@@ -70,20 +75,22 @@ TEMPNET_DEVICE void add_vectors(const uint32_t (&words)[kBatch][kWords], Moments
 }
 
 // A CTA per row.
-template <class Z, bool kCenter>
+template <class Z, bool kCenter, bool kCapped>
 TEMPNET_KERNEL(kThreads, 2)
 moments_kernel(TEMPNET_PARAM Params params) {
   const int64_t i = blockIdx.x;
   const Span<Z, true> span(static_cast<const Z*>(params.logits) + i * params.stride, 0, params.v);
   const int vectors = span.vectors();
+  const auto scale = scale_of<kCapped>(params.softcap, 1.0f);
   Moments p;
   for (int first = threadIdx.x; first < vectors; first += kBatch * int(blockDim.x)) {
+    const auto column = [&](int k) { return span.column(first + k * int(blockDim.x)); };
     uint32_t words[kBatch][kWords];
 #pragma unroll
     for (int k = 0; k < kBatch; ++k) {  // past the end: -inf, which does not count
-      span.template load<true>(span.column(first + k * int(blockDim.x)), words[k]);
+      span.template load<true>(column(k), words[k]);
     }
-    add_vectors<Z, kCenter>(words, p);
+    add_vectors<kCenter>(words, scale, span, column, p);
   }
   warp_merge<kCenter>(p);
   float4* records = reinterpret_cast<float4*>(shared_memory());
@@ -106,12 +113,18 @@ moments_kernel(TEMPNET_PARAM Params params) {
 }
 
 template <class Z>
+auto moments_kernel_for(bool center, bool capped) -> void (*)(Params) {
+  if (capped) return center ? moments_kernel<Z, true, true> : moments_kernel<Z, false, true>;
+  return center ? moments_kernel<Z, true, false> : moments_kernel<Z, false, false>;
+}
+
+template <class Z>
 void launch_moments(const Params& params, bool center, Stream stream) {
   if (params.n == 0) return;
   const int batches = divide_up(divide_up(params.v, kColumns<Z>) + 1, kBatch);
   const int threads = min(kThreads, divide_up(batches, kWarp) * kWarp);
-  launch(center ? moments_kernel<Z, true> : moments_kernel<Z, false>, dim3(unsigned(params.n)),
-         threads, 1, kSharedBytes, stream, params);
+  launch(moments_kernel_for<Z>(center, params.softcap > 0), dim3(unsigned(params.n)), threads, 1,
+         kSharedBytes, stream, params);
 }
 
 struct NormalizeParams {
@@ -120,25 +133,27 @@ struct NormalizeParams {
   const void* logits;  // [n, v], column stride 1
   int64_t stride;
   const float *shift, *inverse;  // [n]
+  float softcap;                 // 0 for none
   float* x;                      // [n, v]
 };
 
 constexpr int kNormalizeThreads = 256;
 constexpr int kNormalizeColumns = 8;  // of a thread
 
-template <class Z>
+template <class Z, bool kCapped>
 TEMPNET_KERNEL(kNormalizeThreads, 4)
 normalize_kernel(TEMPNET_PARAM NormalizeParams params) {
   const int64_t i = blockIdx.x;
   const Z* z = static_cast<const Z*>(params.logits) + i * params.stride;
   float* x = params.x + i * params.v;
   const float shift = params.shift[i], inverse = params.inverse[i];
+  const auto scale = scale_of<kCapped>(params.softcap, 1.0f);
   const int first = blockIdx.y * kNormalizeThreads * kNormalizeColumns + threadIdx.x;
 #pragma unroll
   for (int c = 0; c < kNormalizeColumns; ++c) {
     const int j = first + c * kNormalizeThreads;
     if (j >= params.v) return;
-    const float centred = to_float(z[j]) - shift;
+    const float centred = logit(to_float(z[j]), scale).value - shift;
     x[j] = (centred == -INFINITY ? 0.0f : centred) * inverse;
   }
 }
@@ -148,7 +163,8 @@ void launch_normalize(const NormalizeParams& params, Stream stream) {
   if (params.n == 0) return;
   const dim3 grid(unsigned(params.n),
                   unsigned(divide_up(params.v, kNormalizeThreads * kNormalizeColumns)));
-  launch(normalize_kernel<Z>, grid, kNormalizeThreads, 1, 0, stream, params);
+  launch(params.softcap > 0 ? normalize_kernel<Z, true> : normalize_kernel<Z, false>, grid,
+         kNormalizeThreads, 1, 0, stream, params);
 }
 
 }  // namespace linear

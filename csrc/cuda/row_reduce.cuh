@@ -2,6 +2,7 @@
 // warp, a CTA and a cluster.
 #pragma once
 
+#include "../softcap.h"
 #include "row_span.cuh"
 
 namespace tempnet {
@@ -25,8 +26,25 @@ struct Extras {
   int unused = 0;
 };
 
-TEMPNET_DEVICE float row_maximum(float zmax, float a) {
-  return fmaxf(multiply(zmax, a), Constants<float>::kEmpty);
+// tanh(x) and its derivative, both with a relative error below 1e-6.
+TEMPNET_DEVICE Logit<float> tanh_of(float x) {
+  const float y = fabsf(x), s = y * y;
+  const float e = exp2_approx(y * Tanh::kRate), r = reciprocal_approx(1 + e);
+  const float p = fmaf(fmaf(fmaf(Tanh::k9, s, Tanh::k7), s, Tanh::k5), s, Tanh::k3);
+  const float t = y < Tanh::kEnd ? fmaf(p * s, y, y) : fmaf(-2 * e, r, 1.0f);
+  return {copysignf(t, x), 4 * e * r * r};
+}
+
+TEMPNET_DEVICE Logit<float> logit(float z, float) { return {z, 1}; }
+TEMPNET_DEVICE Logit<float> logit(float z, const Capped<float>& scale) {
+  const Logit<float> t = tanh_of(z * scale.inverse_c);
+  return {multiply(scale.c, t.value), t.slope};
+}
+
+// Below, `scale` is a or a Capped; zmax and z_y are logits as they are given.
+template <class Scale>
+TEMPNET_DEVICE float row_maximum(float zmax, const Scale& scale) {
+  return fmaxf(multiply(logit(zmax, scale).value, factor_of(scale)), Constants<float>::kEmpty);
 }
 
 TEMPNET_DEVICE float centred(float z, float a, float m) { return fmaf(z, a, -m); }
@@ -52,8 +70,9 @@ TEMPNET_DEVICE int warp_min(int x) {
 }
 
 // Moves a part to the larger maximum m.
-TEMPNET_DEVICE void move_to(float m, float a, Partial& p, Extras* extras) {
-  const float d = row_maximum(p.zmax, a) - m;
+template <class Scale>
+TEMPNET_DEVICE void move_to(float m, const Scale& scale, Partial& p, Extras* extras) {
+  const float d = row_maximum(p.zmax, scale) - m;
   const float f = exp2_approx(d);
   p.sx = f * (p.sx + weighted_exponent(p.s, d));
   p.s *= f;
@@ -80,24 +99,27 @@ TEMPNET_DEVICE void warp_add(Partial& p, Extras* extras) {
   }
 }
 
-TEMPNET_DEVICE void merge_into(Partial& p, Extras* p_extras, Partial q, Extras* q_extras, float a) {
-  const float zmax = fmaxf(p.zmax, q.zmax), m = row_maximum(zmax, a);
+template <class Scale>
+TEMPNET_DEVICE void merge_into(Partial& p, Extras* p_extras, Partial q, Extras* q_extras,
+                               const Scale& scale) {
+  const float zmax = fmaxf(p.zmax, q.zmax), m = row_maximum(zmax, scale);
   if (p_extras) {
     const int x = p.zmax == zmax ? p_extras->argmax : kNoColumn;
     const int y = q.zmax == zmax ? q_extras->argmax : kNoColumn;
     p_extras->argmax = x < y ? x : y;
   }
-  move_to(m, a, p, p_extras);
-  move_to(m, a, q, q_extras);
+  move_to(m, scale, p, p_extras);
+  move_to(m, scale, q, q_extras);
   p.zmax = zmax;
   add(p, p_extras, q, q_extras);
 }
 
 // The union of the parts of a warp's lanes, in every lane.
-TEMPNET_DEVICE void warp_merge(Partial& p, Extras* extras, float a) {
+template <class Scale>
+TEMPNET_DEVICE void warp_merge(Partial& p, Extras* extras, const Scale& scale) {
   const float zmax = warp_max(p.zmax);
   if (extras) extras->argmax = warp_min(p.zmax == zmax ? extras->argmax : kNoColumn);
-  move_to(row_maximum(zmax, a), a, p, extras);
+  move_to(row_maximum(zmax, scale), scale, p, extras);
   p.zmax = zmax;
   warp_add(p, extras);
 }
@@ -131,13 +153,13 @@ template <Mode kMode>
 constexpr bool has_extras = kMode >= kArgmax;
 
 // The part of a thread's packed vectors: vector k holds the columns from column(k) on.
-template <class Z, Mode kMode, bool kEdges, int kVectors, class Column>
-TEMPNET_DEVICE Partial reduce_vectors(const uint32_t (&words)[kVectors][kWords], float a,
+template <class Z, Mode kMode, bool kEdges, int kVectors, class Scale, class Column>
+TEMPNET_DEVICE Partial reduce_vectors(const uint32_t (&words)[kVectors][kWords], const Scale& scale,
                                       const Span<Z, kEdges>& span, Column column, Extras* extras) {
   Partial p;
   int where = 0;
   p.zmax = packed_maximum<Z, has_extras<kMode>>(words, where);
-  const float m = row_maximum(p.zmax, a);
+  const float m = row_maximum(p.zmax, scale);
   // Independent sums hide the latency of the additions.
   float s[2] = {0, 0}, sx[2] = {0, 0};
 #pragma unroll
@@ -146,7 +168,9 @@ TEMPNET_DEVICE Partial reduce_vectors(const uint32_t (&words)[kVectors][kWords],
 #pragma unroll
     for (int j = 0; j < kColumns<Z>; ++j) {
       const float z = Word<Z>::get(words[k][j / Word<Z>::kCount], j % Word<Z>::kCount);
-      const float u = centred(z, a, m);
+      float u = centred(logit(z, scale).value, factor_of(scale), m);
+      // The -inf of a column that is not the span's would be -c.
+      if (is_capped<Scale> && !whole && !span.holds(column(k) + j)) u = -INFINITY;
       const float e = exp2_approx(u);  // NaN stays NaN
       s[j % 2] += e;
       sx[j % 2] = fmaf(e, fmaxf(u, Constants<float>::kFloor), sx[j % 2]);
@@ -232,10 +256,10 @@ TEMPNET_DEVICE const float4* exchange_records(const float4 (&record)[kRecord<kHa
 }
 
 // The merge over the warps of a CTA, or of a cluster of them, in every thread.
-template <bool kHasExtras>
-TEMPNET_DEVICE void merge_warps(Partial& p, Extras* extras, float a) {
+template <bool kHasExtras, class Scale>
+TEMPNET_DEVICE void merge_warps(Partial& p, Extras* extras, const Scale& scale) {
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
-  warp_merge(p, extras, a);
+  warp_merge(p, extras, scale);
   float4 record[kRecord<kHasExtras>] = {{p.zmax, p.s, p.sx, p.z_y}};
   if constexpr (kHasExtras) {
     record[1] = float4{extras->su, extras->count, bits_to_float(uint32_t(extras->argmax)), 0};
@@ -249,7 +273,7 @@ TEMPNET_DEVICE void merge_warps(Partial& p, Extras* extras, float a) {
   }
   p.zmax = warp_max(p.zmax);
   if (kHasExtras) *extras = Extras{};
-  const float m = row_maximum(p.zmax, a);
+  const float m = row_maximum(p.zmax, scale);
   for (int j = lane; j < count; j += kWarp) {
     const float4 x = records[j * kRecord<kHasExtras>];
     Partial q{x.x, x.y, x.z, x.w};
@@ -259,7 +283,7 @@ TEMPNET_DEVICE void merge_warps(Partial& p, Extras* extras, float a) {
       q_extras = Extras{e.x, e.y, int(float_to_bits(e.z)), 0};
       if (x.x == p.zmax && q_extras.argmax < extras->argmax) extras->argmax = q_extras.argmax;
     }
-    move_to(m, a, q, kHasExtras ? &q_extras : nullptr);
+    move_to(m, scale, q, kHasExtras ? &q_extras : nullptr);
     add(p, extras, q, kHasExtras ? &q_extras : nullptr);
   }
   warp_add(p, extras);
@@ -267,10 +291,10 @@ TEMPNET_DEVICE void merge_warps(Partial& p, Extras* extras, float a) {
 }
 
 // The part of the span that this thread reads, tile by tile.
-template <class Z, Mode kMode>
-TEMPNET_DEVICE Partial reduce_span(const Span<Z, true>& span, float a, Extras* extras) {
+template <class Z, Mode kMode, class Scale>
+TEMPNET_DEVICE Partial reduce_span(const Span<Z, true>& span, const Scale& scale, Extras* extras) {
   constexpr bool kHasExtras = has_extras<kMode>;
-  constexpr int kTile = kHasExtras ? kVectors / 2 : kVectors;
+  constexpr int kTile = is_capped<Scale> ? kVectors / 4 : kHasExtras ? kVectors / 2 : kVectors;
   const int vectors = span.vectors();
   Partial p;
   for (int first = threadIdx.x; first < vectors; first += kTile * int(blockDim.x)) {
@@ -280,40 +304,46 @@ TEMPNET_DEVICE Partial reduce_span(const Span<Z, true>& span, float a, Extras* e
     for (int k = 0; k < kTile; ++k) span.template load<true>(column(k), words[k]);
     Extras q_extras;
     const Partial q =
-        reduce_vectors<Z, kMode>(words, a, span, column, kHasExtras ? &q_extras : nullptr);
-    merge_into(p, extras, q, kHasExtras ? &q_extras : nullptr, a);
+        reduce_vectors<Z, kMode>(words, scale, span, column, kHasExtras ? &q_extras : nullptr);
+    merge_into(p, extras, q, kHasExtras ? &q_extras : nullptr, scale);
   }
   return p;
 }
 
-// grad_j = p_j * factor - uniform with p_j = 2^u_j / s, and grad_y in the target's column.
+// grad_j = (p_j * factor - uniform) times the slope of the softcap, with p_j = 2^u_j / s, and
+// grad_y in the target's column.
+template <class Scale>
 struct Gradient {
-  float a, m, factor, uniform, grad_y;
+  Scale scale;
+  float m, factor, uniform, grad_y;
   int y;
 };
 
 // p_y - 1 in fp32, before it is rounded to the gradient's type: it cancels.
-TEMPNET_DEVICE Gradient gradient_of_row(float a, float m, float inverse_s, float z_y, int y,
-                                        float c, float scale, float label_smoothing,
-                                        float inverse_v) {
-  Gradient g;
-  g.a = a, g.m = m, g.y = y;
-  g.factor = scale * c * inverse_s;
-  g.uniform = scale * label_smoothing * inverse_v;
-  const float p_y = exp2_approx(centred(z_y, a, m)) * inverse_s;
-  g.grad_y = scale * ((c * p_y - 1) + label_smoothing * (1 - inverse_v));
+template <class Scale>
+TEMPNET_DEVICE Gradient<Scale> gradient_of_row(const Scale& scale, float m, float inverse_s,
+                                               float z_y, int y, float c, float row_scale,
+                                               float label_smoothing, float inverse_v) {
+  Gradient<Scale> g;
+  g.scale = scale, g.m = m, g.y = y;
+  g.factor = row_scale * c * inverse_s;
+  g.uniform = row_scale * label_smoothing * inverse_v;
+  const Logit<float> own = logit(z_y, scale);
+  const float p_y = exp2_approx(centred(own.value, factor_of(scale), m)) * inverse_s;
+  g.grad_y = row_scale * ((c * p_y - 1) + label_smoothing * (1 - inverse_v)) * own.slope;
   return g;
 }
 
-template <class Z>
-TEMPNET_DEVICE void to_gradient(const Gradient& g, int column, uint32_t (&words)[kWords]) {
+template <class Z, class Scale>
+TEMPNET_DEVICE void to_gradient(const Gradient<Scale>& g, int column, uint32_t (&words)[kWords]) {
 #pragma unroll
   for (int w = 0; w < kWords; ++w) {
     float grad[2];
 #pragma unroll
     for (int i = 0; i < Word<Z>::kCount; ++i) {
-      const float e = exp2_approx(centred(Word<Z>::get(words[w], i), g.a, g.m));
-      grad[i] = fmaf(e, g.factor, -g.uniform);
+      const Logit<float> z = logit(Word<Z>::get(words[w], i), g.scale);
+      const float e = exp2_approx(centred(z.value, factor_of(g.scale), g.m));
+      grad[i] = fmaf(e, g.factor, -g.uniform) * z.slope;
     }
     words[w] = Word<Z>::pack(grad[0], grad[Word<Z>::kCount - 1]);
   }

@@ -206,7 +206,7 @@ TEMPNET_DEVICE void fill(Z* row, int begin, int end, float value) {
 // Several vectors at a time, so that their loads are in flight together.
 constexpr int kBatch = 4;
 
-template <class Z, class F>
+template <int kBatch = device::kBatch, class Z, class F>
 TEMPNET_DEVICE void transform_span(const Span<Z, true>& span, Z* row, F f) {
   const int vectors = span.vectors();
   const bool aligned = span.aligned_in(row);

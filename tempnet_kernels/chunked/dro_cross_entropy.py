@@ -9,6 +9,7 @@ from tempnet_kernels.core import register
 from tempnet_kernels.core.checks import check_target
 from tempnet_kernels.core.collectives import all_gather
 from tempnet_kernels.core.fields import TokenPart
+from tempnet_kernels.core.softcap import capped
 
 _op = register.operator
 
@@ -25,8 +26,8 @@ def sharded_fwd(backend, logits, target, tau, scale, options, group, want_argmax
     v = logits.shape[1]
     begin, vocab_size = columns_of(v, group)
     parts, argmax = _op("dro_cross_entropy_stats", backend)(
-        logits, target, tau, options.ignore_index, begin, vocab_size, options.label_smoothing > 0,
-        want_argmax,
+        logits, target, tau, options.ignore_index, options.softcap, begin, vocab_size,
+        options.label_smoothing > 0, want_argmax,
     )  # fmt: skip
     parts, argmax, widths = _exchange(parts, argmax, v, group)
     if target.device.type == "cpu":
@@ -92,7 +93,7 @@ def _check_widths(widths):
 def _finish(parts, tau, options, log_v):
     """``merge`` and ``finish`` of csrc/online_softmax.h: (loss, d loss / d tau, m, log2 s, entropy,
     log p_y). In float64, since these are a few numbers per row."""
-    rho, _, label_smoothing, z_loss = options
+    rho, _, label_smoothing, z_loss, softcap = options
     zmax, m, delta, s, sx, z_y, mean_u = parts.unbind(1)  # (world, N) each
     ln2 = math.log(2)
     # amax keeps NaN. The m of columns that are all -inf is finite, and so is d; s is 0 there.
@@ -107,7 +108,7 @@ def _finish(parts, tau, options, log_v):
     centred_lse = ln2 * (log2_s - delta)
     lse = ln2 * (m_row + log2_s)
     entropy = (ln2 * (log2_s - sx_row / s_row)).clamp(0, log_v)  # keeps NaN
-    zmax, z_y = zmax.amax(0), z_y.amax(0)
+    zmax, z_y = (capped(z.amax(0), softcap) for z in (zmax, z_y))
     below = zmax - z_y  # zmax - sum_j q_j z_j
     if label_smoothing > 0:
         mean_below = ln2 * tau * (delta - (mean_u + d).mean(0))

@@ -66,14 +66,17 @@ class DirectTempNet:
 
     def temperatures(self, hidden, logits, dropout):
         """(``[n]``, :class:`_Chunk`) of the rows hidden ``[n, D]`` with logits ``[n, V]``."""
-        shift, inverse = row_scaling(self.backend, logits, self.options.center, self.group)
+        shift, inverse = row_scaling(
+            self.backend, logits, self.options.center, self.options.softcap, self.group
+        )
         x, pre, factor = self._first_layer(hidden, logits, shift, inverse)
         tau, dropped, h = predict(self.backend, pre, self.head, dropout, self.bounds, factor)
         return tau, _Chunk(dropped, h, x if self.want_w1 else None, shift, factor)
 
     def _first_layer(self, hidden, logits, shift, inverse):
         """(its input as the gradient of its weight takes it, W1 times it, factors of its rows)."""
-        x = _op("normalized_rows", self.backend)(logits, shift, inverse)
+        softcap = self.options.softcap
+        x = _op("normalized_rows", self.backend)(logits, shift, inverse, softcap)
         x = x.to(self.dtype)  # (n, V)
         pre = self._product(x, self.w1.to(self.dtype))
         all_sum_(pre, self.group)
@@ -200,7 +203,7 @@ def linear_dro_cross_entropy_fwd(
     options, want = LinearOptions(*options), LinearWants(*wants)
     (n, d), v = hidden.shape, weight.shape[0]
     acc = accumulation_dtype(hidden.dtype)
-    ignore_index, softcap = options.ignore_index, options.softcap
+    ignore_index = options.ignore_index
     vocab_size = columns_of(v, group)[1]
     all_live = check_target(target, vocab_size, ignore_index, "linear_dro_cross_entropy")
 
@@ -225,7 +228,6 @@ def linear_dro_cross_entropy_fwd(
 
     chunk_rows = min(options.chunk_rows, count)
     buffer = hidden.new_empty(chunk_rows * v)
-    tanh = hidden.new_empty(buffer.shape if softcap and want.logits else 0)
     of_chunks = []
     for i in range(0, count, max(1, chunk_rows)):
         r = slice(i, i + chunk_rows) if index is None else index[i : i + chunk_rows]
@@ -237,11 +239,6 @@ def linear_dro_cross_entropy_fwd(
             torch.mm(h, weight.T, out=z)
         else:
             torch.addmm(bias, h, weight.T, out=z)
-        if softcap:
-            z.div_(softcap).tanh_()
-            if want.logits:
-                capped = tanh[: z.numel()].view_as(z).copy_(z)
-            z.mul_(softcap)
         if net is None:
             t = tau[r]
         else:
@@ -251,8 +248,6 @@ def linear_dro_cross_entropy_fwd(
         row_loss, row, row_argmax = _loss_of_rows(
             backend, group, want.logits, z, y, t, s, options.token, want_argmax
         )
-        if want.logits and softcap:
-            torch.ops.aten.tanh_backward(z, capped, grad_input=z)
         of_chunks.append((row_loss, row, row_argmax, t if net else scale.new_empty(0)))
         if want.hidden and index is None:
             torch.mm(z, weight, out=grad_hidden[r])
@@ -268,7 +263,7 @@ def linear_dro_cross_entropy_fwd(
             net.backward(row[TokenRow.GRAD_TAU], chunk)
         chunk = None  # it may be as large as the logits
 
-    buffer = tanh = z = capped = None  # their memory is the gradient of W1's now
+    buffer = z = None  # their memory is the gradient of W1's now
     if want.hidden:
         all_sum_(grad_hidden, group)
     if index is None and of_chunks:

@@ -16,6 +16,7 @@ class TokenOptions(NamedTuple):
     ignore_index: int
     label_smoothing: float
     z_loss: float
+    softcap: float  # 0 for none
 
 
 class TokenRow:
@@ -32,7 +33,8 @@ class TokenPart:
 
     M, S, SX and DELTA = zmax a - m are those of docs/numerics.md; Z_Y is the target's logit, -inf
     on the ranks that do not have it; MEAN_U the mean of u. DELTA is exchanged because backends
-    round a = log2(e) / tau differently: what is added must have one a.
+    round a = log2(e) / tau differently: what is added must have one a. With a softcap ZMAX and Z_Y
+    are the logits as they were given, and all else is of the capped ones.
     """
 
     ZMAX, M, DELTA, S, SX, Z_Y, MEAN_U = range(7)
@@ -84,7 +86,7 @@ class LinearOptions(NamedTuple):
 
     @property
     def token(self):
-        return TokenOptions(*self[:4])
+        return TokenOptions(*self[:5])
 
 
 class LinearWants(NamedTuple):

@@ -84,10 +84,10 @@ def gradients(backend, grad_tau, dropped, h, p, probability, bounds, factor=None
     return grad_pre, grad_h, sums, grad_b1
 
 
-def row_scaling(backend, logits, center, group):
-    """(shift ``[N]``, 1 / norm of z - shift ``[N]``) of logits ``[N, V]``, or of all columns of the
-    ranks of ``group``."""
-    moments = _op("row_moments", backend)(logits, center)
+def row_scaling(backend, logits, center, softcap, group):
+    """(shift ``[N]``, 1 / norm of z - shift ``[N]``) of logits ``[N, V]``, capped, or of all
+    columns of the ranks of ``group``."""
+    moments = _op("row_moments", backend)(logits, center, softcap)
     if group is None:
         return moments[Moments.SHIFT], moments[Moments.INVERSE]
     return merged_moments(all_gather(moments[: Moments.INVERSE], group))

@@ -10,7 +10,9 @@ from torch import nn
 from tempnet_kernels.chunked.dro_cross_entropy import columns_of
 from tempnet_kernels.core.checks import check_reachable, radius
 from tempnet_kernels.core.collectives import SharesGroup
+from tempnet_kernels.core.fields import accumulation_dtype
 from tempnet_kernels.core.register import Backend
+from tempnet_kernels.core.softcap import capped, check_softcap
 from tempnet_kernels.nn.tempnet import TemperatureStats, TempNet
 from tempnet_kernels.ops.dro_cross_entropy import dro_cross_entropy
 from tempnet_kernels.ops.linear_dro_cross_entropy import loss_and_temperatures
@@ -31,6 +33,7 @@ class DROCrossEntropyLoss(SharesGroup, nn.Module):
         ignore_index: int = -100,
         label_smoothing: float = 0.0,
         z_loss: float = 0.0,
+        softcap: float | None = None,
         reduction: Reduction = "mean",
         return_stats: bool = False,
         overwrite_logits: bool = False,
@@ -40,12 +43,14 @@ class DROCrossEntropyLoss(SharesGroup, nn.Module):
         super().__init__()
         if rho is not None:
             rho = radius("DROCrossEntropyLoss", rho)
+        check_softcap("DROCrossEntropyLoss", softcap)
         self.rho = rho
         self.process_group = process_group
         self.options: dict[str, Any] = {
             "ignore_index": ignore_index,
             "label_smoothing": label_smoothing,
             "z_loss": z_loss,
+            "softcap": softcap,
             "reduction": reduction,
             "return_stats": return_stats,
             "overwrite_logits": overwrite_logits,
@@ -137,7 +142,8 @@ class TempNetCrossEntropyLoss(_PredictedTemperatures):
             V columns is below log V, so that rho must be, too; choose it near the mean ``kl`` of
             ``return_stats``.
         options: the keywords of :class:`DROCrossEntropyLoss` but ``process_group``, which is that
-            of ``tempnet.shard``.
+            of ``tempnet.shard``. With ``softcap`` the tempnet sees the capped logits, rounded to
+            the dtype of those given.
     """
 
     def __init__(self, tempnet: nn.Module, rho: float, **options: Any) -> None:
@@ -160,7 +166,11 @@ class TempNetCrossEntropyLoss(_PredictedTemperatures):
         """logits ``[..., V]``, target ``[...]`` -> the loss, or ``(loss, TokenStats)`` with
         ``return_stats``."""
         self._check_rho(logits.shape[-1])
-        tau = self.tempnet(logits.detach())
+        seen = logits.detach()
+        if self.options["softcap"]:
+            wide = seen.to(accumulation_dtype(seen.dtype))
+            seen = capped(wide, self.options["softcap"]).to(seen.dtype)
+        tau = self.tempnet(seen)
         self._tau = tau.detach()
         self._live = target != self.options["ignore_index"]
         return dro_cross_entropy(

@@ -176,8 +176,8 @@ class TempNet(SharesGroup, nn.Module):
         if acc == torch.float64:
             z = z.to(acc)
         backend = backend_for("TempNet", z.device, acc)
-        shift, inverse = row_scaling(backend, z, self.center == "max", self.process_group)
-        x = register.operator("normalized_rows", backend)(z, shift, inverse)
+        shift, inverse = row_scaling(backend, z, self.center == "max", 0.0, self.process_group)
+        x = register.operator("normalized_rows", backend)(z, shift, inverse, 0.0)
         pre = F.linear(x.to(dtype), self.proj[0].weight).to(acc)  # (N, hidden_size)
         if self.process_group is not None:
             pre = sum_over_ranks(pre, self.process_group)

@@ -31,6 +31,7 @@ from tempnet_kernels.core.checks import (
 from tempnet_kernels.core.collectives import outside_graphs, several
 from tempnet_kernels.core.fields import TokenOptions, TokenPart, TokenRow, accumulation_dtype
 from tempnet_kernels.core.register import Backend
+from tempnet_kernels.core.softcap import check_softcap
 from tempnet_kernels.ops.overwrite import (
     overwrite,
     row_gradients,
@@ -95,6 +96,7 @@ def dro_cross_entropy(
     ignore_index: int = -100,
     label_smoothing: float = 0.0,
     z_loss: float = 0.0,
+    softcap: float | None = None,
     reduction: Reduction = "mean",
     return_stats: bool = False,
     overwrite_logits: bool = False,
@@ -132,6 +134,9 @@ def dro_cross_entropy(
         ignore_index: rows with this target have loss 0, gradient 0, and do not count in the mean.
         label_smoothing: in [0, 1].
         z_loss: factor >= 0 of ``logsumexp(x)^2``.
+        softcap: c > 0: the loss is that of ``c * tanh(logits / c)`` (Gemma), and the gradient is
+            that of the logits given. So are the statistics; ``argmax`` is the first of the largest
+            logits given. A logit of -inf is -c then, and one of +inf c.
         reduction: "mean", "sum" or "none" (a loss of the target's shape).
         return_stats: also return :class:`TokenStats` from the same visit.
         overwrite_logits: put the gradient in the logits' storage, which saves the second tensor
@@ -187,8 +192,9 @@ def dro_cross_entropy(
 
     learner = "tau" if torch.is_grad_enabled() and rows_tau.requires_grad else None
     options = TokenOptions(
-        radius(name, rho, learner), ignore_index, float(label_smoothing), float(z_loss)
-    )
+        radius(name, rho, learner), ignore_index, float(label_smoothing), float(z_loss),
+        check_softcap(name, softcap),
+    )  # fmt: skip
     track = torch.is_grad_enabled() and logits.requires_grad
     each_row = reduction == "none"
     if overwrite_logits and track:
@@ -271,18 +277,15 @@ class DROCrossEntropy(torch.autograd.Function):
 _apply_across_ranks = outside_graphs(DROCrossEntropy.apply)
 
 
-def _fake_fwd(
-    logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_grad, want_argmax
-):
+def _fake_fwd(logits, target, tau, scale, *options):
+    *numbers, want_grad, want_argmax = options
     n, v = logits.shape
-    loss, rows, argmax = _fake_fwd_(
-        logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_argmax
-    )
+    loss, rows, argmax = _fake_fwd_(logits, target, tau, scale, *numbers, want_argmax)
     return logits.new_empty((n if want_grad else 0, v)), loss, rows, argmax
 
 
-def _fake_fwd_(logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_argmax):
-    n = logits.shape[0]
+def _fake_fwd_(logits, target, tau, scale, *options):
+    n, want_argmax = logits.shape[0], options[-1]
     acc = accumulation_dtype(logits.dtype)
     return (
         logits.new_empty((n,), dtype=acc),
@@ -291,13 +294,13 @@ def _fake_fwd_(logits, target, tau, scale, rho, ignore_index, label_smoothing, z
     )
 
 
-def _fake_bwd(
-    logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin, vocab_size
-):
+def _fake_bwd(logits, *args):
     return logits.new_empty(logits.shape)
 
 
-def _fake_stats(logits, target, tau, ignore_index, begin, vocab_size, want_mean, want_argmax):
+def _fake_stats(
+    logits, target, tau, ignore_index, softcap, begin, vocab_size, want_mean, want_argmax
+):
     n = logits.shape[0]
     argmax = logits.new_empty((n if want_argmax else 0,), dtype=torch.int64)
     return tau.new_empty((TokenPart.FIELDS, n)), argmax
@@ -328,7 +331,8 @@ register.define(
 # smoothed: see chunked/dro_cross_entropy.py.
 register.define(
     "dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows, "
-    "int ignore_index, float label_smoothing, float z_loss, SymInt begin, SymInt vocab_size) "
+    "int ignore_index, float label_smoothing, float z_loss, float softcap, SymInt begin, "
+    "SymInt vocab_size) "
     "-> Tensor",
     _fake_bwd,
     "dro_cross_entropy",
@@ -336,8 +340,8 @@ register.define(
 # The same, with grad_logits in the storage of the logits.
 register.define(
     "dro_cross_entropy_bwd_(Tensor(a!) logits, Tensor target, Tensor tau, Tensor scale, "
-    "Tensor rows, int ignore_index, float label_smoothing, float z_loss, SymInt begin, "
-    "SymInt vocab_size) -> ()",
+    "Tensor rows, int ignore_index, float label_smoothing, float z_loss, float softcap, "
+    "SymInt begin, SymInt vocab_size) -> ()",
     lambda *args: None,
     "dro_cross_entropy",
 )
@@ -355,7 +359,8 @@ register.define(
 # argmax, in a row with NaN.
 register.define(
     "dro_cross_entropy_stats(Tensor logits, Tensor target, Tensor tau, int ignore_index, "
-    "SymInt begin, SymInt vocab_size, bool want_mean, bool want_argmax) -> (Tensor, Tensor)",
+    "float softcap, SymInt begin, SymInt vocab_size, bool want_mean, bool want_argmax) "
+    "-> (Tensor, Tensor)",
     _fake_stats,
     "dro_cross_entropy",
 )

@@ -1,12 +1,11 @@
 """The arguments of a linear layer's token loss, checked."""
 
-import math
-
 import torch
 
 from tempnet_kernels.chunked.dro_cross_entropy import columns_of
 from tempnet_kernels.core.checks import check_like
 from tempnet_kernels.core.collectives import all_gather
+from tempnet_kernels.core.softcap import check_softcap
 
 
 def check_layer(name, hidden, weight, bias, tau, softcap, chunk_rows, tempnet, group):
@@ -21,8 +20,7 @@ def check_layer(name, hidden, weight, bias, tau, softcap, chunk_rows, tempnet, g
     check_like(name, "weight", weight, tuple(weight.shape), hidden.device)
     if bias is not None:
         check_like(name, "bias", bias, (weight.shape[0],), hidden.device)
-    if softcap is not None and not 0 < softcap < math.inf:
-        raise ValueError(f"{name}: softcap must be a finite number > 0 or None, got {softcap}")
+    check_softcap(name, softcap)
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"{name}: chunk_rows must be >= 1 or None, got {chunk_rows}")
     if tempnet is None:

@@ -136,8 +136,9 @@ def linear_dro_cross_entropy(
         row_weight, normalizer, ignore_index, label_smoothing, z_loss, reduction: as in
             :func:`tempnet_kernels.dro_cross_entropy`.
         bias: ``[V]`` of the same dtype; -inf switches a column off.
-        softcap: c > 0: the logits are ``c * tanh(z / c)`` (Gemma). It keeps a second chunk, and the
-            TempNet's first layer is applied to the logits.
+        softcap: c > 0: the loss is that of ``c * tanh(z / c)`` (Gemma), as in
+            :func:`tempnet_kernels.dro_cross_entropy`, and the TempNet sees these capped logits,
+            none of its layers folded; a bias of -inf makes a logit -c.
         chunk_rows: rows whose logits are held at a time. Default: as many as fit in 256 MiB on a
             CPU and 1 GiB on a GPU; without a gradient of the weight 64 and 128 MiB.
         drop_ignored: leave ignored rows out of the matrix products. None: on a CPU only, since the

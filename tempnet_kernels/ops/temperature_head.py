@@ -143,13 +143,13 @@ def _fake_head_bwd(grad_tau, h, norms, scaler, weight, bias, squash, tau_min, ta
     return h.new_empty((n, k)), h.new_empty((row_blocks(n)[0], sums))
 
 
-def _fake_row_moments(logits, center):
+def _fake_row_moments(logits, center, softcap):
     return logits.new_empty(
         (Moments.FIELDS, logits.shape[0]), dtype=accumulation_dtype(logits.dtype)
     )
 
 
-def _fake_normalized_rows(logits, shift, inverse):
+def _fake_normalized_rows(logits, shift, inverse, softcap):
     return logits.new_empty(logits.shape, dtype=accumulation_dtype(logits.dtype))
 
 
@@ -184,15 +184,15 @@ register.define(
     _fake_head_bwd,
     "temperature_head",
 )
-# logits [N, V] with column stride 1 -> Moments [5, N] in the accumulation dtype.
+# logits [N, V] with column stride 1 -> Moments [5, N] of the capped ones in the accumulation dtype.
 register.define(
-    "row_moments(Tensor logits, bool center) -> Tensor",
+    "row_moments(Tensor logits, bool center, float softcap) -> Tensor",
     _fake_row_moments,
     "linear_dro_cross_entropy",
 )
-# The same logits, shift and inverse [N] -> (logits - shift) * inverse [N, V]; a -inf counts as 0.
+# The same logits, shift and inverse [N] -> (capped - shift) * inverse [N, V]; a -inf counts as 0.
 register.define(
-    "normalized_rows(Tensor logits, Tensor shift, Tensor inverse) -> Tensor",
+    "normalized_rows(Tensor logits, Tensor shift, Tensor inverse, float softcap) -> Tensor",
     _fake_normalized_rows,
     "linear_dro_cross_entropy",
 )

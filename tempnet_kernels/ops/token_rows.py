@@ -23,6 +23,7 @@ class RowKeywords(TypedDict, total=False):
     ignore_index: int
     label_smoothing: float
     z_loss: float
+    softcap: float | None
     reduction: Reduction
     process_group: "dist.ProcessGroup | None"
     backend: Backend
@@ -41,7 +42,6 @@ class LinearKeywords(RowKeywords, total=False):
     tau: float | torch.Tensor
     rho: float | None
     bias: torch.Tensor | None
-    softcap: float | None
     chunk_rows: int | None
     drop_ignored: bool | None
 

@@ -6,17 +6,15 @@ import torch
 
 from tempnet_kernels.core.checks import check_target
 from tempnet_kernels.core.fields import TokenRow
+from tempnet_kernels.core.softcap import capped
 
 LN2 = math.log(2)
 EMPTY = -1e30  # m of columns without a finite logit; finite, since -inf - -inf is NaN
 
 
-def dro_cross_entropy_fwd(
-    logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_grad, want_argmax
-):
-    loss, rows, argmax, grad = _forward(
-        logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_grad
-    )
+def dro_cross_entropy_fwd(logits, target, tau, scale, *options):
+    *numbers, want_grad, want_argmax = options
+    loss, rows, argmax, grad = _forward(logits, target, tau, scale, *numbers, want_grad)
     n, v = logits.shape
     grad_logits = logits.new_empty((n if want_grad else 0, v))
     if want_grad:
@@ -24,52 +22,50 @@ def dro_cross_entropy_fwd(
     return grad_logits, loss, rows, argmax if want_argmax else argmax.new_empty(0)
 
 
-def dro_cross_entropy_fwd_(
-    logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_argmax
-):
-    loss, rows, argmax, grad = _forward(
-        logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, True
-    )
+def dro_cross_entropy_fwd_(logits, target, tau, scale, *options):
+    *numbers, want_argmax = options
+    loss, rows, argmax, grad = _forward(logits, target, tau, scale, *numbers, True)
     logits.copy_(grad)
     return loss, rows, argmax if want_argmax else argmax.new_empty(0)
 
 
 def dro_cross_entropy_stats(
-    logits, target, tau, ignore_index, begin, vocab_size, want_mean, want_argmax
+    logits, target, tau, ignore_index, softcap, begin, vocab_size, want_mean, want_argmax
 ):
-    z, y, held, live = _prepare(logits, target, tau, ignore_index, begin, vocab_size)
+    given, y, held, live = _prepare(logits, target, tau, ignore_index, begin, vocab_size)
+    z = capped(given, softcap)
     zmax = z.amax(1)  # (N,)
     a = 1 / (LN2 * tau)
     m = (zmax * a).clamp(min=EMPTY)
     u = _exponent(z, zmax, a, m)  # (N, V)
     e = torch.exp2(u)
     sx = torch.where(e == 0, 0, e * u).sum(1)
-    z_y = torch.where(held, z.gather(1, y[:, None])[:, 0], -math.inf)
+    z_y = torch.where(held, given.gather(1, y[:, None])[:, 0], -math.inf)
     mean_u = u.mean(1) if want_mean else torch.zeros_like(m)
-    parts = torch.stack([zmax, m, _rounding(zmax, a, m), e.sum(1), sx, z_y, mean_u])
+    delta = _rounding(zmax, a, m)
+    parts = torch.stack([given.amax(1), m, delta, e.sum(1), sx, z_y, mean_u])
     parts = torch.where(live, parts, math.nan)
-    return parts, z.argmax(1) + begin if want_argmax else y.new_empty(0)
+    return parts, given.argmax(1) + begin if want_argmax else y.new_empty(0)
 
 
-def dro_cross_entropy_bwd(
-    logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin, vocab_size
-):
+def dro_cross_entropy_bwd(logits, *args):
     grad = torch.empty_like(logits, memory_format=torch.contiguous_format).copy_(logits)
-    dro_cross_entropy_bwd_(
-        grad, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin, vocab_size
-    )
+    dro_cross_entropy_bwd_(grad, *args)
     return grad
 
 
 def dro_cross_entropy_bwd_(
-    logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin, vocab_size
-):
+    logits, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, softcap, begin,
+    vocab_size,
+):  # fmt: skip
     check_target(target, vocab_size, ignore_index)
-    z, y, held, live = _prepare(logits, target, tau, ignore_index, begin, vocab_size)
+    given, y, held, live = _prepare(logits, target, tau, ignore_index, begin, vocab_size)
+    z = capped(given, softcap)
     smooth = label_smoothing, vocab_size
     grad = _gradient(
-        z, y, held, live, tau, scale, rows[TokenRow.M], rows[TokenRow.LOG2_S], *smooth, z_loss
-    )
+        z, y, held, live, tau, scale, rows[TokenRow.M], rows[TokenRow.LOG2_S], *smooth, z_loss,
+        softcap,
+    )  # fmt: skip
     logits.copy_(grad)
 
 
@@ -99,10 +95,13 @@ def _exponent(z, zmax, a, m):
     return (z - top[:, None]) * a[:, None] + _rounding(top, a, m)[:, None]
 
 
-def _forward(logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_grad):
+def _forward(
+    logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, softcap, want_grad
+):
     v = logits.shape[1]
     check_target(target, v, ignore_index)
-    z, y, held, live = _prepare(logits, target, tau, ignore_index, 0, v)
+    given, y, held, live = _prepare(logits, target, tau, ignore_index, 0, v)
+    z = capped(given, softcap)
     log_v = math.log(v)
     zmax = z.amax(1)  # (N,)
     a = 1 / (LN2 * tau)  # (N,)
@@ -131,7 +130,9 @@ def _forward(logits, target, tau, scale, rho, ignore_index, label_smoothing, z_l
     grad = None
     if want_grad:
         stored = (scale != 0).to(tau.dtype) if logits.dtype == torch.float16 else scale
-        grad = _gradient(z, y, held, live, tau, stored, m, log2_s, label_smoothing, v, z_loss)
+        grad = _gradient(
+            z, y, held, live, tau, stored, m, log2_s, label_smoothing, v, z_loss, softcap
+        )
     rows = torch.stack(
         [
             torch.where(live, loss, 0),
@@ -142,16 +143,21 @@ def _forward(logits, target, tau, scale, rho, ignore_index, label_smoothing, z_l
             torch.where(live, log_prob, nan),
         ]
     )
-    argmax = torch.where(live & torch.isfinite(log2_s), z.argmax(1), -1)
+    argmax = torch.where(live & torch.isfinite(log2_s), given.argmax(1), -1)
     return torch.where(live, weighted, 0), rows, argmax, grad
 
 
-def _gradient(z, y, held, live, tau, scale, m, log2_s, label_smoothing, vocab_size, z_loss):
-    """scale * (c p - q), and exactly 0 for ignored rows and where the scale is 0."""
+def _gradient(
+    z, y, held, live, tau, scale, m, log2_s, label_smoothing, vocab_size, z_loss, softcap
+):
+    """scale * (c p - q), times 1 - (z / softcap)^2 of capped logits z; and exactly 0 for ignored
+    rows and where the scale is 0."""
     a = 1 / (LN2 * tau)
     c = 1 + 2 * z_loss * LN2 * (m + log2_s) / tau  # (N,)
     p = torch.exp2(_exponent(z, z.amax(1), a, m) - log2_s[:, None])  # (N, V)
     grad = c[:, None] * p - label_smoothing / vocab_size
     own = held.to(grad.dtype) * (label_smoothing - 1)  # (N,)
     grad = grad.scatter_add(1, y[:, None], own[:, None])
+    if softcap:
+        grad = grad * (1 - (z / softcap) ** 2)
     return torch.where((live & (scale != 0))[:, None], grad * scale[:, None], 0)

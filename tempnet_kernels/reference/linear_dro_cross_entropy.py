@@ -5,6 +5,7 @@ import torch
 from tempnet_kernels.core.checks import check_target
 from tempnet_kernels.core.fields import LinearOptions, LinearWants, TokenRow, accumulation_dtype
 from tempnet_kernels.core.matmul import unit_of
+from tempnet_kernels.core.softcap import capped
 from tempnet_kernels.core.tempnet import Head, inverse_norm
 from tempnet_kernels.reference.dro_cross_entropy import dro_cross_entropy_fwd
 from tempnet_kernels.reference.temperature_head import (
@@ -15,9 +16,9 @@ from tempnet_kernels.reference.temperature_head import (
 )
 
 
-def row_moments(logits, center):
+def row_moments(logits, center, softcap):
     acc = accumulation_dtype(logits.dtype)
-    z = logits.to(acc)
+    z = capped(logits.to(acc), softcap)
     counted = z != -torch.inf
     shift = z.amax(1) if center else z.new_zeros(z.shape[0])
     z = torch.where(counted, z - shift[:, None], 0)
@@ -26,8 +27,8 @@ def row_moments(logits, center):
     return torch.stack([shift, squares, total, count, inverse_norm(squares)])
 
 
-def normalized_rows(logits, shift, inverse):
-    x = logits.to(shift.dtype) - shift[:, None]
+def normalized_rows(logits, shift, inverse, softcap):
+    x = capped(logits.to(shift.dtype), softcap) - shift[:, None]
     return torch.where(x == -torch.inf, 0, x) * inverse[:, None]
 
 
@@ -35,21 +36,19 @@ def linear_dro_cross_entropy_fwd(
     hidden, weight, bias, target, tau, scale, tempnet, dropout_key, wants, want_argmax, *options
 ):
     options, want = LinearOptions(*options), LinearWants(*wants)
-    ignore_index, softcap, center = options.ignore_index, options.softcap, options.center
+    ignore_index, center = options.ignore_index, options.center
     tau_min, tau_max = options.tau_min, options.tau_max
     acc = scale.dtype
     check_target(target, weight.shape[0], ignore_index, "linear_dro_cross_entropy")
     live = target != ignore_index
     h = torch.where(live[:, None], hidden, 0)  # (N, D), of an ignored row nothing is read
     z = torch.nn.functional.linear(h, weight, bias)  # (N, V)
-    tanh = torch.tanh(z / softcap) if softcap else None
-    z = tanh * softcap if softcap else z
 
     if tempnet:
         w1, *rest = tempnet
         p = Head(*(x.to(acc) for x in rest))
-        shift, *_, inverse = row_moments(z, center)
-        x = normalized_rows(z, shift, inverse)  # (N, V)
+        shift, *_, inverse = row_moments(z, center, options.softcap)
+        x = normalized_rows(z, shift, inverse, options.softcap)  # (N, V)
         dropout = options.dropout
         dropped = sigmoid_dropout(x @ w1.to(acc).T, p.b1, None, dropout_key, None, 0, dropout)
         y = torch.addmm(p.b2, dropped, p.w2.T)  # (N, H)
@@ -59,8 +58,6 @@ def linear_dro_cross_entropy_fwd(
     dz, loss, rows, argmax = dro_cross_entropy_fwd(
         z, target, tau, scale, *options.token, True, want_argmax
     )
-    if softcap:
-        dz = dz * (1 - tanh * tanh)
     grad_hidden = (dz @ weight) if want.hidden else hidden.new_empty((0, hidden.shape[1]))
     wide = dz.to(acc)
     if hidden.dtype == torch.float16:  # c p - q, not scaled

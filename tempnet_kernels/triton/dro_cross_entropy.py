@@ -16,6 +16,7 @@ from tempnet_kernels.triton.online_softmax import (
     centred,
     finish,
     merge_all,
+    softcapped,
     update,
     weighted_exponent,
 )
@@ -30,8 +31,8 @@ NO_COLUMN = tl.constexpr(2**31 - 1)
 def config(v, extras):
     """(kernel, BLOCK, num_warps) for rows of ``v`` columns.
 
-    ``extras``: label smoothing or argmax, which keep more of the row alive: a thread then holds
-    fewer columns.
+    ``extras``: label smoothing, argmax or a softcap, which keep more of the row alive: a thread
+    then holds fewer columns.
     """
     if v <= ONE_PASS_COLUMNS // (2 if extras else 1):
         block = max(16, triton.next_power_of_2(v))
@@ -89,14 +90,15 @@ def _store_ignored(loss_ptr, rows_ptr, argmax_ptr, grad_ptr, i, n, v, WANT_GRAD:
 
 
 @triton.jit
-def _gradient(e, columns, y, z_y, a, m, inverse_s, c, scale, v, label_smoothing):
-    """scale * (c p - q) with p = e / s; the target's column in fp32, since p_y - 1 cancels."""
+def _gradient(e, slope, columns, y, z_y, a, m, inverse_s, c, scale, v, label_smoothing):
+    """scale * (c p - q) * slope with p = e / s; the target's column in fp32, since p_y - 1
+    cancels."""
     p_y = tl.exp2(centred(z_y, a, m)) * inverse_s
     # Of one column exactly, however a GPU rounds the exponential and its inverse; NaN stays.
     p_y = tl.where((v == 1) & (p_y > 0), 1.0, p_y)
     grad_y = scale * ((c * p_y - 1) + label_smoothing * (1 - 1 / v))
     grad = e * (scale * c * inverse_s) - scale * label_smoothing / v
-    grad = tl.where(columns == y, grad_y, grad)
+    grad = tl.where(columns == y, grad_y, grad) * slope
     return tl.where(scale == 0, 0.0, grad)
 
 
@@ -105,7 +107,7 @@ def one_pass_kernel(
     logits_ptr, logits_stride, grad_ptr, grad_stride, target_ptr, target_stride, tau_ptr,
     tau_stride, scale_ptr, scale_stride, loss_ptr, rows_ptr, argmax_ptr, n, v, ignore_index, rho,
     log_v, label_smoothing, z_loss, UNSCALED: tl.constexpr, WANT_GRAD: tl.constexpr,
-    WANT_ARGMAX: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
+    WANT_ARGMAX: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i, y, tau, scale, ignored = _begin_row(
         target_ptr, target_stride, tau_ptr, tau_stride, scale_ptr, scale_stride, v, ignore_index
@@ -120,8 +122,9 @@ def one_pass_kernel(
     columns = tl.arange(0, BLOCK)
     inside = columns < v
     a = LOG2E / tau
-    z = tl.load(logits_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)  # (BLOCK,)
-    z_y = tl.load(logits_ptr + y).to(tl.float32)
+    given = tl.load(logits_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
+    z, slope = softcapped(given, inside, SOFTCAP)  # (BLOCK,)
+    z_y, _ = softcapped(tl.load(logits_ptr + y).to(tl.float32), True, SOFTCAP)
     zmax = tl.max(z, 0)  # drops NaN, which reaches s
     m = tl.maximum(zmax * a, EMPTY)
     u = centred(z, a, m)  # (BLOCK,), -inf outside
@@ -136,23 +139,24 @@ def one_pass_kernel(
     )
     _store_row(loss_ptr, rows_ptr, i, n, scale, loss, grad_tau, m, log2_s, entropy, log_prob)
     if WANT_ARGMAX:
-        first = tl.min(tl.where(z == zmax, columns, NO_COLUMN), 0)
+        first = tl.min(tl.where(given == tl.max(given, 0), columns, NO_COLUMN), 0)
         finite = (log2_s - log2_s) == 0
         tl.store(argmax_ptr + i, tl.where(finite, first, -1).to(tl.int64))
     if WANT_GRAD:
         stored = scale
         if UNSCALED:
             stored = tl.where(scale == 0, 0.0, 1.0)
-        grad = _gradient(e, columns, y, z_y, a, m, 1 / s, c, stored, v, label_smoothing)
+        grad = _gradient(e, slope, columns, y, z_y, a, m, 1 / s, c, stored, v, label_smoothing)
         tl.debug_barrier()  # in place: the target's logit is read by every thread before any store
         tl.store(grad_ptr + columns, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
 def _reduce_row(
-    logits_ptr, v, a, WANT_ARGMAX: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr
-):
-    """(m, s, sx, largest logit, mean of u, its first column) of a row of any length."""
+    logits_ptr, v, a, WANT_ARGMAX: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """(m, s, sx, largest logit given, mean of u, its first column) of a row of any length."""
     LANES: tl.constexpr = BLOCK // LANE
     tile = tl.arange(0, LANES)[:, None] * LANE + tl.arange(0, LANE)[None, :]  # (LANES, LANE)
     m = tl.full([LANES], EMPTY, tl.float32)
@@ -161,23 +165,24 @@ def _reduce_row(
     sz = tl.zeros([LANES], tl.float32)  # sum of a (z - z_0), for label smoothing
     zmax = tl.full([LANES], float("-inf"), tl.float32)
     first = tl.full([LANES], NO_COLUMN, tl.int32)
-    z_0 = tl.load(logits_ptr).to(tl.float32)
+    z_0, _ = softcapped(tl.load(logits_ptr).to(tl.float32), True, SOFTCAP)
     z_0 = tl.where(z_0 == float("-inf"), 0.0, z_0)  # -inf - -inf is NaN
     for start in range(0, v, BLOCK):
         columns = start + tile
         inside = columns < v
-        z = tl.load(
+        given = tl.load(
             logits_ptr + columns, mask=inside, other=float("-inf"), eviction_policy="evict_last"
         ).to(tl.float32)
-        z_lane = tl.max(z, 1)
-        m_new = tl.maximum(m, z_lane * a)
+        z, _ = softcapped(given, inside, SOFTCAP)
+        m_new = tl.maximum(m, tl.max(z, 1) * a)
+        z_lane = tl.max(given, 1)
         u = centred(z, a, m_new[:, None])
         e = tl.exp2(u)
         m, s, sx = update(m, s, sx, m_new, tl.sum(e, 1), tl.sum(weighted_exponent(e, u), 1))
         if SMOOTH:
             sz += tl.sum(tl.where(inside, z - z_0, 0.0), 1)
         if WANT_ARGMAX:
-            candidate = tl.min(tl.where(z == z_lane[:, None], columns, NO_COLUMN), 1)
+            candidate = tl.min(tl.where(given == z_lane[:, None], columns, NO_COLUMN), 1)
             first = tl.where(z_lane > zmax, candidate, first)
         zmax = tl.maximum(zmax, z_lane)
     m, s, sx = merge_all(m, s, sx)
@@ -194,7 +199,7 @@ def two_pass_kernel(
     logits_ptr, logits_stride, grad_ptr, grad_stride, target_ptr, target_stride, tau_ptr,
     tau_stride, scale_ptr, scale_stride, loss_ptr, rows_ptr, argmax_ptr, n, v, ignore_index, rho,
     log_v, label_smoothing, z_loss, UNSCALED: tl.constexpr, WANT_GRAD: tl.constexpr,
-    WANT_ARGMAX: tl.constexpr, SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
+    WANT_ARGMAX: tl.constexpr, SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i, y, tau, scale, ignored = _begin_row(
         target_ptr, target_stride, tau_ptr, tau_stride, scale_ptr, scale_stride, v, ignore_index
@@ -207,9 +212,12 @@ def two_pass_kernel(
         return
     logits_ptr += i * logits_stride
     a = LOG2E / tau
-    z_y = tl.load(logits_ptr + y).to(tl.float32)
+    z_y, _ = softcapped(tl.load(logits_ptr + y).to(tl.float32), True, SOFTCAP)
 
-    m, s, sx, zmax, mean_u, first = _reduce_row(logits_ptr, v, a, WANT_ARGMAX, SMOOTH, BLOCK)
+    m, s, sx, zmax, mean_u, first = _reduce_row(
+        logits_ptr, v, a, WANT_ARGMAX, SMOOTH, SOFTCAP, BLOCK
+    )
+    zmax, _ = softcapped(zmax, True, SOFTCAP)
     loss, grad_tau, log2_s, entropy, log_prob, c = finish(
         m, s, sx, zmax, z_y, mean_u, a, tau, rho, log_v, label_smoothing, z_loss
     )
@@ -226,8 +234,9 @@ def two_pass_kernel(
             columns = start + tl.arange(0, BLOCK)
             inside = columns < v
             z = tl.load(logits_ptr + columns, mask=inside, other=0.0, eviction_policy="evict_first")
-            e = tl.exp2(centred(z.to(tl.float32), a, m))
-            grad = _gradient(e, columns, y, z_y, a, m, 1 / s, c, stored, v, label_smoothing)
+            z, slope = softcapped(z.to(tl.float32), inside, SOFTCAP)
+            e = tl.exp2(centred(z, a, m))
+            grad = _gradient(e, slope, columns, y, z_y, a, m, 1 / s, c, stored, v, label_smoothing)
             tl.store(grad_ptr + columns, grad.to(grad_ptr.dtype.element_ty), mask=inside)
 
 
@@ -235,7 +244,7 @@ def two_pass_kernel(
 def stats_kernel(
     logits_ptr, logits_stride, target_ptr, target_stride, tau_ptr, tau_stride, parts_ptr,
     argmax_ptr, n, v, ignore_index, begin, vocab_size, WANT_ARGMAX: tl.constexpr,
-    SMOOTH: tl.constexpr, BLOCK: tl.constexpr,
+    SMOOTH: tl.constexpr, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The state of the columns [begin, begin + v) of vocab_size."""
     i, y, tau, _, ignored = _begin_row(
@@ -253,8 +262,11 @@ def stats_kernel(
     a = LOG2E / tau
     y -= begin
     z_y = tl.load(logits_ptr + y, mask=(y >= 0) & (y < v), other=float("-inf")).to(tl.float32)
-    m, s, sx, zmax, mean_u, first = _reduce_row(logits_ptr, v, a, WANT_ARGMAX, SMOOTH, BLOCK)
+    m, s, sx, zmax, mean_u, first = _reduce_row(
+        logits_ptr, v, a, WANT_ARGMAX, SMOOTH, SOFTCAP, BLOCK
+    )
     tl.store(parts_ptr, zmax)
+    zmax, _ = softcapped(zmax, True, SOFTCAP)
     tl.store(parts_ptr + n, m)
     tl.store(parts_ptr + 2 * n, centred(zmax, a, m))
     tl.store(parts_ptr + 3 * n, s)
@@ -269,7 +281,7 @@ def stats_kernel(
 def bwd_kernel(
     logits_ptr, logits_stride, grad_ptr, grad_stride, target_ptr, target_stride, tau_ptr,
     tau_stride, scale_ptr, scale_stride, rows_ptr, n, v, ignore_index, label_smoothing, z_loss,
-    begin, vocab_size, BLOCK: tl.constexpr,
+    begin, vocab_size, SOFTCAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     i, y, tau, scale, ignored = _begin_row(
         target_ptr, target_stride, tau_ptr, tau_stride, scale_ptr, scale_stride, vocab_size,
@@ -288,13 +300,14 @@ def bwd_kernel(
     a = LOG2E / tau
     c = 1 + 2 * z_loss * LN2 * (m + log2_s) / tau
     z = tl.load(logits_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+    z, slope = softcapped(z, inside, SOFTCAP)
     y -= begin
     # Only of this program's columns: in place, another one overwrites the others.
     own = (y >= start) & (y < start + BLOCK) & (y < v)
-    z_y = tl.load(logits_ptr + y, mask=own, other=0.0).to(tl.float32)
+    z_y, _ = softcapped(tl.load(logits_ptr + y, mask=own, other=0.0).to(tl.float32), True, SOFTCAP)
     e = tl.exp2(centred(z, a, m))
     grad = _gradient(
-        e, columns, y, z_y, a, m, tl.exp2(-log2_s), c, scale, vocab_size, label_smoothing
+        e, slope, columns, y, z_y, a, m, tl.exp2(-log2_s), c, scale, vocab_size, label_smoothing
     )
     tl.debug_barrier()  # in place: the target's logit is read by every thread before any store
     tl.store(grad_ptr + columns, grad.to(grad_ptr.dtype.element_ty), mask=inside)
@@ -317,15 +330,16 @@ ELEMENTWISE_BLOCK = 8192
 
 
 def _forward(
-    logits, grad, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_argmax
-):
+    logits, grad, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, softcap,
+    want_argmax,
+):  # fmt: skip
     """(loss, rows, argmax); writes the gradient into ``grad`` where it is not None."""
     n, v = logits.shape
     check_target(target, v, ignore_index)
     loss = torch.empty(n, dtype=torch.float32, device=logits.device)
     rows = loss.new_empty(ROWS, n)
     argmax = torch.empty(n if want_argmax else 0, dtype=torch.int64, device=logits.device)
-    kernel, block, num_warps = config(v, want_argmax or label_smoothing > 0)
+    kernel, block, num_warps = config(v, want_argmax or label_smoothing > 0 or softcap > 0)
     out = logits if grad is None else grad
     if n:
         with device_of(logits):
@@ -334,45 +348,37 @@ def _forward(
                 tau, tau.stride(0), scale, scale.stride(0), loss, rows, argmax, n, v,
                 ignore_index, rho, math.log(v), label_smoothing, z_loss,
                 UNSCALED=logits.dtype == torch.float16, WANT_GRAD=grad is not None,
-                WANT_ARGMAX=want_argmax, SMOOTH=label_smoothing > 0, BLOCK=block,
+                WANT_ARGMAX=want_argmax, SMOOTH=label_smoothing > 0, SOFTCAP=softcap, BLOCK=block,
                 num_warps=num_warps, num_stages=1,
             )  # fmt: skip
     return loss, rows, argmax
 
 
-def dro_cross_entropy_fwd(
-    logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_grad, want_argmax
-):
+def dro_cross_entropy_fwd(logits, target, tau, scale, *options):
+    *numbers, want_grad, want_argmax = options
     n, v = logits.shape
     grad = logits.new_empty((n if want_grad else 0, v))
-    loss, rows, argmax = _forward(
-        logits, grad if want_grad else None, target, tau, scale, rho, ignore_index,
-        label_smoothing, z_loss, want_argmax,
-    )  # fmt: skip
-    return grad, loss, rows, argmax
+    wanted = grad if want_grad else None
+    return grad, *_forward(logits, wanted, target, tau, scale, *numbers, want_argmax)
 
 
-def dro_cross_entropy_fwd_(
-    logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_argmax
-):
-    return _forward(
-        logits, logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, want_argmax
-    )
+def dro_cross_entropy_fwd_(logits, *args):
+    return _forward(logits, logits, *args)
 
 
 def dro_cross_entropy_stats(
-    logits, target, tau, ignore_index, begin, vocab_size, want_mean, want_argmax
+    logits, target, tau, ignore_index, softcap, begin, vocab_size, want_mean, want_argmax
 ):
     n, v = logits.shape
     parts = tau.new_empty(PARTS.value, n)
     argmax = torch.empty(n if want_argmax else 0, dtype=torch.int64, device=logits.device)
-    block, num_warps = stats_config(v, want_argmax or want_mean)
+    block, num_warps = stats_config(v, want_argmax or want_mean or softcap > 0)
     if n:
         with device_of(logits):
             stats_kernel[(n,)](
                 logits, logits.stride(0), target, target.stride(0), tau, tau.stride(0), parts,
                 argmax, n, v, ignore_index, begin, vocab_size, WANT_ARGMAX=want_argmax,
-                SMOOTH=want_mean, BLOCK=block, num_warps=num_warps, num_stages=1,
+                SMOOTH=want_mean, SOFTCAP=softcap, BLOCK=block, num_warps=num_warps, num_stages=1,
             )  # fmt: skip
     return parts, argmax
 
@@ -388,7 +394,7 @@ def dro_cross_entropy_bwd_(logits, *args):
 
 
 def _backward(
-    logits, grad, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin,
+    logits, grad, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, softcap, begin,
     vocab_size,
 ):  # fmt: skip
     n, v = logits.shape
@@ -398,7 +404,7 @@ def _backward(
             bwd_kernel[(n, triton.cdiv(v, ELEMENTWISE_BLOCK))](
                 logits, logits.stride(0), grad, grad.stride(0), target, target.stride(0), tau,
                 tau.stride(0), scale, scale.stride(0), rows, n, v, ignore_index, label_smoothing,
-                z_loss, begin, vocab_size, BLOCK=ELEMENTWISE_BLOCK, num_warps=8,
+                z_loss, begin, vocab_size, SOFTCAP=softcap, BLOCK=ELEMENTWISE_BLOCK, num_warps=8,
             )  # fmt: skip
 
 

@@ -7,6 +7,7 @@ import triton.language as tl
 from tempnet_kernels.core.fields import Moments
 from tempnet_kernels.core.tempnet import NORM_MIN as LEAST_NORM
 from tempnet_kernels.triton import device_of
+from tempnet_kernels.triton.online_softmax import softcapped
 
 BLOCK = 8192
 NUM_WARPS = 16
@@ -17,7 +18,7 @@ NORMALIZE = {"BLOCK": 4096, "num_warps": 8}
 
 @triton.jit
 def moments_kernel(logits_ptr, logits_stride, moments_ptr, n, v, CENTER: tl.constexpr,
-                   BLOCK: tl.constexpr):  # fmt: skip
+                   SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
     row_ptr = logits_ptr + i * logits_stride
     shift = MINUS_INF
@@ -25,6 +26,7 @@ def moments_kernel(logits_ptr, logits_stride, moments_ptr, n, v, CENTER: tl.cons
     for start in range(0, v, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         z = tl.load(row_ptr + columns, mask=columns < v, other=MINUS_INF).to(tl.float32)
+        z, _ = softcapped(z, columns < v, SOFTCAP)
         counted = z != MINUS_INF  # NaN counts
         if CENTER:
             # Nothing cancels: neither d nor the sum is ever positive.
@@ -50,37 +52,38 @@ def moments_kernel(logits_ptr, logits_stride, moments_ptr, n, v, CENTER: tl.cons
 
 @triton.jit
 def normalize_kernel(logits_ptr, logits_stride, shift_ptr, inverse_ptr, x_ptr, v,
-                     BLOCK: tl.constexpr):  # fmt: skip
+                     SOFTCAP: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
     shift = tl.load(shift_ptr + i)
     inverse = tl.load(inverse_ptr + i)
     for start in range(0, v, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         z = tl.load(logits_ptr + i * logits_stride + columns, mask=columns < v, other=0.0)
-        x = z.to(tl.float32) - shift
+        x = softcapped(z.to(tl.float32), columns < v, SOFTCAP)[0] - shift
         x = tl.where(x == MINUS_INF, 0.0, x) * inverse
         tl.store(x_ptr + i * v + columns, x, mask=columns < v)
 
 
-def row_moments(logits, center):
+def row_moments(logits, center, softcap):
     n, v = logits.shape
     moments = torch.empty((Moments.FIELDS, n), dtype=torch.float32, device=logits.device)
     if n:
         with device_of(logits):
             moments_kernel[(n,)](
                 logits, logits.stride(0), moments, n, v, CENTER=center,
-                BLOCK=min(BLOCK, max(16, triton.next_power_of_2(v))), num_warps=NUM_WARPS,
+                SOFTCAP=softcap, BLOCK=min(BLOCK, max(16, triton.next_power_of_2(v))),
+                num_warps=NUM_WARPS,
             )  # fmt: skip
     return moments
 
 
-def normalized_rows(logits, shift, inverse):
+def normalized_rows(logits, shift, inverse, softcap):
     n, v = logits.shape
     x = torch.empty((n, v), dtype=torch.float32, device=logits.device)
     if n:
         with device_of(logits):
             normalize_kernel[(n,)](
                 logits, logits.stride(0), shift.contiguous(), inverse.contiguous(), x, v,
-                **NORMALIZE,
+                SOFTCAP=softcap, **NORMALIZE,
             )  # fmt: skip
     return x

@@ -19,6 +19,23 @@ def centred(z, a, m):
 
 
 @triton.jit
+def softcapped(z, inside, SOFTCAP: tl.constexpr):
+    """(z', d z' / d z) of z' = c tanh(z / c), c > 0, with -inf outside. csrc/softcap.h has the
+    numbers, and why."""
+    if SOFTCAP:
+        y = tl.abs(z * (1 / SOFTCAP))
+        e = tl.exp2(y * -2.88539008)
+        r = 1 / (1 + e)
+        s = y * y
+        p = ((0.016437578 * s - 0.052671812) * s + 0.13320725) * s - 0.33332947
+        t = tl.where(y < 0.55, y + y * (p * s), 1 - 2 * e * r)
+        capped = SOFTCAP * tl.where(z < 0, -t, t)
+        return tl.where(inside, capped, float("-inf")), 4 * e * r * r
+    else:
+        return z, 1.0
+
+
+@triton.jit
 def weighted_exponent(e, u):
     """e * u for e = 2^u: 0 where u is -inf. Only here is u clamped: e keeps NaN."""
     return e * tl.where(u < -300.0, -300.0, u)

@@ -47,16 +47,20 @@ def token_loss():
     for v in VOCABULARIES:
         for dtype in ("bf16", "fp32") if v != 32000 else ("bf16", "fp32", "fp16"):
             end = (dtype, v % 16 == 0)
-            for grad, extras in ((True, False), (False, False), (True, True)):
-                kernel, block, num_warps = token.config(v, extras)
+            wanted = [(True, False, 0.0), (False, False, 0.0), (True, True, 0.0)]
+            for grad, extras, softcap in (*wanted, (True, False, 30.0), (True, True, 30.0)):
+                kernel, block, num_warps = token.config(v, extras or softcap)
                 flags = {"UNSCALED": dtype == "fp16", "WANT_GRAD": grad, "WANT_ARGMAX": extras}
-                yield f"V={v}", kernel, {**flags, "SMOOTH": extras, "BLOCK": block}, num_warps, *end
-            for extras in (False, True):
-                block, num_warps = token.stats_config(v, extras)
-                flags = {"WANT_ARGMAX": extras, "SMOOTH": extras, "BLOCK": block}
-                yield f"V={v}", token.stats_kernel, flags, num_warps, *end
-            for kernel in (token.bwd_kernel, token.scale_kernel):
-                yield f"V={v}", kernel, {"BLOCK": token.ELEMENTWISE_BLOCK}, 8, *end
+                flags |= {"SMOOTH": extras, "SOFTCAP": softcap, "BLOCK": block}
+                yield f"V={v}", kernel, flags, num_warps, *end
+            for extras, softcap in product((False, True), (0.0, 30.0)):
+                block, num_warps = token.stats_config(v, extras or softcap)
+                flags = {"WANT_ARGMAX": extras, "SMOOTH": extras, "SOFTCAP": softcap}
+                yield f"V={v}", token.stats_kernel, {**flags, "BLOCK": block}, num_warps, *end
+            flags = {"BLOCK": token.ELEMENTWISE_BLOCK}
+            for softcap in (0.0, 30.0):
+                yield f"V={v}", token.bwd_kernel, {"SOFTCAP": softcap, **flags}, 8, *end
+            yield f"V={v}", token.scale_kernel, flags, 8, *end
 
 
 def rows_of_tokens():
@@ -93,11 +97,13 @@ def contrastive_loss():
 
 def linear_loss():
     for dtype in ("fp32", "bf16", "fp16"):
-        for center in (False, True):
-            flags = {"CENTER": center, "BLOCK": linear.BLOCK}
+        for center, softcap in product((False, True), (0.0, 30.0)):
+            flags = {"CENTER": center, "SOFTCAP": softcap, "BLOCK": linear.BLOCK}
             yield "V=128256", linear.moments_kernel, flags, linear.NUM_WARPS, dtype, True
-        flags, num_warps = {"BLOCK": linear.NORMALIZE["BLOCK"]}, linear.NORMALIZE["num_warps"]
-        yield "V=128256", linear.normalize_kernel, flags, num_warps, dtype, True
+        for softcap in (0.0, 30.0):
+            flags = {"SOFTCAP": softcap, "BLOCK": linear.NORMALIZE["BLOCK"]}
+            num_warps = linear.NORMALIZE["num_warps"]
+            yield "V=128256", linear.normalize_kernel, flags, num_warps, dtype, True
 
 
 def temperature_networks():
@@ -205,6 +211,7 @@ def main(architecture):
             if key not in seen:
                 seen[key] = compile_one(target, kernel, constexprs, *rest)
             flags = "".join(str(int(x)) for x in constexprs.values() if isinstance(x, bool))
+            flags += " softcap" if constexprs.get("SOFTCAP") else ""
             name = f"{kernel.fn.__name__} {flags} {shape} {rest[1]} sm_{architecture}"
             report.append({"name": name, "op": op.__name__, "shape": shape, **seen[key]})
     print(json.dumps(report))

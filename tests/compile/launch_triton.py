@@ -51,21 +51,21 @@ def empty(*shape, dtype=torch.float32):
 def of_logits(n, v, stride, dtype, per_row, index):
     logits = empty(n, stride, dtype=dtype)[:, :v]
     target = empty(2 * n, dtype=index)[::2]
-    for extras in (False, True):
+    for extras, softcap in product((False, True), (0.0, 30.0)):
         smoothing = 0.1 if extras else 0.0
         options = (1 if extras else 2**40, smoothing)  # ignore_index
-        args = (logits, target, per_row, per_row, 8.0, *options, 1e-4)
+        args = (logits, target, per_row, per_row, 8.0, *options, 1e-4, softcap)
         token.dro_cross_entropy_fwd(*args, False, not extras)
         token.dro_cross_entropy_fwd_(*args, extras)
         for begin in (1, 2**31):
             columns = (begin, begin + v)
             token.dro_cross_entropy_stats(
-                logits, target, per_row, options[0], *columns, extras, begin == 1
+                logits, target, per_row, options[0], softcap, *columns, extras, begin == 1
             )
-            args = (target, per_row, per_row, empty(6, n), *options, 0.0, *columns)
+            args = (target, per_row, per_row, empty(6, n), *options, 0.0, softcap, *columns)
             token.dro_cross_entropy_bwd_(logits, *args)
-        moments = linear.row_moments(logits, extras)
-        linear.normalized_rows(logits, moments[0], moments[4])
+        moments = linear.row_moments(logits, extras, softcap)
+        linear.normalized_rows(logits, moments[0], moments[4], softcap)
         token.scale_rows_(logits, per_row)
         for normalizer in (None, empty(1)):
             token_rows.row_scale(

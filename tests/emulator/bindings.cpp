@@ -51,6 +51,7 @@ Params params_from(const py::dict& d) {
   p.unscaled = d["unscaled"].cast<bool>();
   p.parts = pointer<Partial>(d, "parts");
   p.extras = pointer<Extras>(d, "extras");
+  p.softcap = d["softcap"].cast<float>();
   return p;
 }
 
@@ -258,8 +259,9 @@ PYBIND11_MODULE(cuda_emulator, module) {
     py::dict plan;
     for_dtype(dtype, [&](auto zero) {
       using Z = decltype(zero);
-      plan = plan_dict(device::plan_forward(p.n, p.v, sizeof(Z), device::aligned_rows<Z>(p), arch,
-                                            132, device::mode_of(p), p.grad != nullptr));
+      plan =
+          plan_dict(device::plan_forward(p.n, p.v, sizeof(Z), device::aligned_rows<Z>(p), arch, 132,
+                                         device::mode_of(p), p.grad != nullptr, p.softcap > 0));
     });
     return plan;
   });
@@ -293,16 +295,16 @@ PYBIND11_MODULE(cuda_emulator, module) {
         0);
   });
   module.def("row_moments", [](const std::string& dtype, const py::dict& d, bool center) {
-    const linear::Params params{d["n"].cast<int64_t>(), d["v"].cast<int>(),
-                                pointer<void>(d, "logits"), d["stride"].cast<int64_t>(),
-                                pointer<float>(d, "moments")};
+    const linear::Params params{d["n"].cast<int64_t>(),       d["v"].cast<int>(),
+                                pointer<void>(d, "logits"),   d["stride"].cast<int64_t>(),
+                                pointer<float>(d, "moments"), d["softcap"].cast<float>()};
     for_dtype(dtype, [&](auto zero) { linear::launch_moments<decltype(zero)>(params, center, 0); });
   });
   module.def("normalized_rows", [](const std::string& dtype, const py::dict& d) {
     const linear::NormalizeParams params{d["n"].cast<int64_t>(),     d["v"].cast<int>(),
                                          pointer<void>(d, "logits"), d["stride"].cast<int64_t>(),
                                          pointer<float>(d, "shift"), pointer<float>(d, "inverse"),
-                                         pointer<float>(d, "x")};
+                                         d["softcap"].cast<float>(), pointer<float>(d, "x")};
     for_dtype(dtype, [&](auto zero) { linear::launch_normalize<decltype(zero)>(params, 0); });
   });
   module.def("sigmoid_dropout", &sigmoid_dropout);

@@ -87,6 +87,7 @@ using Stream = int;
 
 inline uint8_t* shared_memory() { return emulator::shared_memory(); }
 inline float exp2_approx(float x) { return std::exp2(x); }
+inline float reciprocal_approx(float x) { return 1 / x; }
 inline float multiply(float x, float y) {
   volatile float product = x * y;
   return product;

@@ -58,7 +58,8 @@ def check_view(logits, target, tau, **options):
     live = (target != -100).sum().float()
     scale = (1 / live).expand(n)
     numbers = (token_loss.RHO, -100, options.get("label_smoothing", 0.0))
-    rows_loss, _, argmax = op(view, target, tau, scale, *numbers, options.get("z_loss", 0.0), True)
+    numbers += (options.get("z_loss", 0.0), options.get("softcap", 0.0))
+    rows_loss, _, argmax = op(view, target, tau, scale, *numbers, True)
     # float16 is stored without the row's scale.
     in_place = (view.float() * scale[:, None]).half() if view.dtype == torch.float16 else view
     token_loss.assert_within_twice_plain(in_place, exact[1], plain[1], "in place")

@@ -30,16 +30,26 @@ def token(wide, target, tau, v, first, **options):
         dro_cross_entropy(logits, target, tau, 0.5, backend="native", **options)
 
 
-def vocabulary_parts(logits, target, tau):
+def vocabulary_parts(logits, target, tau, softcap):
     """The columns of the second of two processes."""
     v = logits.shape[1]
     register.operator("dro_cross_entropy_stats", "native")(
-        logits, target, tau, -100, v, 2 * v, True, True
+        logits, target, tau, -100, softcap, v, 2 * v, True, True
     )
     rows = torch.zeros(6, len(target), device="cuda")
     for name in ("dro_cross_entropy_bwd", "dro_cross_entropy_bwd_"):
         register.operator(name, "native")(
-            logits.clone(), target, tau, torch.ones_like(tau), rows, -100, 0.1, 1e-3, v, 2 * v
+            logits.clone(),
+            target,
+            tau,
+            torch.ones_like(tau),
+            rows,
+            -100,
+            0.1,
+            1e-3,
+            softcap,
+            v,
+            2 * v,
         )
 
 
@@ -95,8 +105,11 @@ def main():
             token(wide, target, tau, v, first)
             token(wide, target, tau, v, first, reduction="none", return_stats=True)
             token(wide, target, tau, v, first, label_smoothing=0.1, z_loss=1e-3)
+            token(wide, target, tau, v, first, softcap=5.0)
+            token(wide, target, tau, v, first, softcap=5.0, reduction="none", return_stats=True)
             logits = wide[:, first : first + v]
-            vocabulary_parts(logits, target + v, tau.detach())
+            for softcap in (0.0, 5.0):
+                vocabulary_parts(logits, target + v, tau.detach(), softcap)
             softmax(logits, tau)
             optimal_temperature(logits, 0.5, 0.1, 9, backend="native")
         contrastive(dtype)

@@ -49,8 +49,10 @@ def token_cases(device):
 
     everything = {"label_smoothing": 0.1, "z_loss": 1e-3, "overwrite_logits": True}
     everything["reduction"] = "sum"
+    kinds = ("", {}), (" none", {"reduction": "none"}), (" all", everything)
+    kinds += tuple((f"{words} softcap", {**options, "softcap": 3.0}) for words, options in kinds)
     for n, v, first in row_shapes(device):
-        for words, options in (("", {}), (" none", {"reduction": "none"}), (" all", everything)):
+        for words, options in kinds:
             make = functools.partial(rows_of, n, v, first)
             label = f"dro_cross_entropy{words} ({n}, {v})"
             yield from pairs_of(label, make, functools.partial(loss, options), device)
@@ -59,14 +61,14 @@ def token_cases(device):
 def vocabulary_cases(device):
     """Three processes' columns, in this one."""
 
-    def parts(x, backend):
+    def parts(softcap, x, backend):
         logits, target, tau = x["logits"], x["target"], x["tau"]
-        v, scale, options = logits.shape[1], x["row_weight"], (-100, 0.1, 1e-2)
+        v, scale, options = logits.shape[1], x["row_weight"], (-100, 0.1, 1e-2, softcap)
         places = [(begin, v) for begin in range(0, v, v // 3)]
         shards = [logits[:, begin : begin + v // 3] for begin, _ in places]
         op = functools.partial(register.operator, backend=backend)
         stats = [
-            op("dro_cross_entropy_stats")(z, target, tau, -100, *place, True, True)
+            op("dro_cross_entropy_stats")(z, target, tau, -100, softcap, *place, True, True)
             for z, place in zip(shards, places, strict=True)
         ]
         stats = map(torch.stack, zip(*stats, strict=True))
@@ -85,7 +87,9 @@ def vocabulary_cases(device):
     for n, v, first in row_shapes(device):
         v = v // 3 * 3
         make = functools.partial(rows_of, n, v, first)
-        yield from pairs_of(f"vocabulary in 3 parts ({n}, {v})", make, parts, device)
+        for softcap in (0.0, 3.0):
+            label = f"vocabulary in 3 parts{' softcap' * (softcap > 0)} ({n}, {v})"
+            yield from pairs_of(label, make, functools.partial(parts, softcap), device)
 
 
 def softmax_cases(device):
@@ -318,7 +322,7 @@ def large_cases(device):
         return (optimal_temperature(x["logits"], 3.0, 0.05, 9.0, backend=backend),)
 
     def moments(x, backend):
-        return (register.operator("row_moments", backend)(x["logits"], True).T,)
+        return (register.operator("row_moments", backend)(x["logits"], True, 0.0).T,)
 
     def case(function, backend):
         x = {

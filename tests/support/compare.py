@@ -9,8 +9,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 
-def definition(logits, target, tau, rho=0.0, *, label_smoothing=0.0, z_loss=0.0, ignore_index=-100):
+def definition(
+    logits, target, tau, rho=0.0, *, label_smoothing=0.0, z_loss=0.0, softcap=None,
+    ignore_index=-100,
+):  # fmt: skip
     """The token loss per row as its formula reads, differentiable, in the dtype of ``logits``."""
+    if softcap:
+        logits = softcap * torch.tanh(logits / softcap)
     v = logits.shape[-1]
     y = torch.where(target == ignore_index, 0, target).long()
     lse = torch.logsumexp(logits / tau[..., None], -1)

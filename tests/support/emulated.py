@@ -53,7 +53,7 @@ def load():
 def shape_params(n, v, stride):
     """The parameters of an aligned [n, v] gradient launch that nothing will run."""
     names = ("target", "tau", "scale", "loss", "rows", "argmax", "parts", "extras")
-    return dict.fromkeys((*names, "rho", "label_smoothing", "z_loss"), 0) | {
+    return dict.fromkeys((*names, "rho", "label_smoothing", "z_loss", "softcap"), 0) | {
         "n": n, "v": v, "logits": 16, "logits_stride": stride, "grad": 16, "grad_stride": stride,
         "target_stride": 1, "tau_stride": 1, "scale_stride": 1, "wide_target": True,
         "ignore_index": -100, "unscaled": False, "begin": 0, "vocab_size": v,
@@ -142,8 +142,9 @@ class Operators(HeadOperators):
         return getattr(self, name)
 
     def _forward(
-        self, logits, grad, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, argmax
-    ):
+        self, logits, grad, target, tau, scale, rho, ignore_index, label_smoothing, z_loss, softcap,
+        argmax,
+    ):  # fmt: skip
         n, v = logits.shape
         loss = torch.full((n,), torch.nan)
         rows = torch.full((6, n), torch.nan)
@@ -154,6 +155,7 @@ class Operators(HeadOperators):
             "rho": rho,
             "label_smoothing": label_smoothing,
             "z_loss": z_loss,
+            "softcap": softcap,
         }
         plan = self.module.plan(_name(logits), params, self.arch) | self.plan
         self.launched.append(plan)
@@ -175,7 +177,7 @@ class Operators(HeadOperators):
             "rows": rows.data_ptr(), "ignore_index": ignore_index,
             "unscaled": logits.dtype == torch.float16,
             "loss": 0, "argmax": 0, "rho": 0.0, "label_smoothing": 0.0, "z_loss": 0.0,
-            "parts": 0, "extras": 0, "begin": 0, "vocab_size": logits.shape[1],
+            "softcap": 0.0, "parts": 0, "extras": 0, "begin": 0, "vocab_size": logits.shape[1],
         }  # fmt: skip
 
     def dro_cross_entropy_fwd(self, logits, target, tau, scale, *options):
@@ -192,13 +194,13 @@ class Operators(HeadOperators):
         return out
 
     def dro_cross_entropy_stats(
-        self, logits, target, tau, ignore_index, begin, vocab_size, want_mean, want_argmax
+        self, logits, target, tau, ignore_index, softcap, begin, vocab_size, want_mean, want_argmax
     ):
         n = logits.shape[0]
         stats, argmax = torch.full((7, n), torch.nan), torch.full((n * want_argmax,), -7)
         params = self._params(logits, None, target, tau, tau, stats, ignore_index) | {
             "stats": stats.data_ptr(), "argmax": argmax.data_ptr() if want_argmax else 0,
-            "begin": begin, "vocab_size": vocab_size,
+            "begin": begin, "vocab_size": vocab_size, "softcap": softcap,
         }  # fmt: skip
         self.module.stats(_name(logits), params, want_mean, self.multiprocessors)
         return stats, argmax
@@ -213,11 +215,11 @@ class Operators(HeadOperators):
         torch.autograd.graph.increment_version(logits)
 
     def _backward(
-        self, logits, grad, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, begin,
-        vocab_size,
+        self, logits, grad, target, tau, scale, rows, ignore_index, label_smoothing, z_loss,
+        softcap, begin, vocab_size,
     ):  # fmt: skip
         params = self._params(logits, grad, target, tau, scale, rows, ignore_index)
-        params |= {"label_smoothing": label_smoothing, "z_loss": z_loss}
+        params |= {"label_smoothing": label_smoothing, "z_loss": z_loss, "softcap": softcap}
         params |= {"begin": begin, "vocab_size": vocab_size}
         self.module.backward(_name(logits), params)
 
@@ -245,19 +247,20 @@ class Operators(HeadOperators):
         })  # fmt: skip
         return value
 
-    def row_moments(self, logits, center):
+    def row_moments(self, logits, center, softcap):
         n, v = logits.shape
         moments = torch.full((5, n), torch.nan)
         params = {"n": n, "v": v, "logits": logits.data_ptr(), "stride": logits.stride(0)}
-        params["moments"] = moments.data_ptr()
+        params |= {"moments": moments.data_ptr(), "softcap": softcap}
         self.module.row_moments(_name(logits), params, center)
         return moments
 
-    def normalized_rows(self, logits, shift, inverse):
+    def normalized_rows(self, logits, shift, inverse, softcap):
         n, v = logits.shape
         x = torch.full((n, v), torch.nan)
         params = {"n": n, "v": v, "logits": logits.data_ptr(), "stride": logits.stride(0)}
         params |= {"shift": shift.data_ptr(), "inverse": inverse.data_ptr(), "x": x.data_ptr()}
+        params["softcap"] = softcap
         self.module.normalized_rows(_name(logits), params)
         return x
 

@@ -52,10 +52,10 @@ def predicted(net, z):
 def plain(hidden, weight, bias, target, tau, softcap=None, reduction="mean", **options):
     """The formula as a user writes it, in the dtype of its tensors; tau: rows or a TempNet."""
     z = torch.nn.functional.linear(hidden, weight, bias)
-    if softcap:
-        z = softcap * torch.tanh(z / softcap)
-    tau = predicted(tau, z) if isinstance(tau, torch.nn.Module) else tau
     acc = torch.promote_types(z.dtype, torch.float32)
+    if softcap:
+        z = softcap * torch.tanh(z.to(acc) / softcap)  # one rounding of the logits, not two
+    tau = predicted(tau, z) if isinstance(tau, torch.nn.Module) else tau
     z = z.to(acc).clamp_min(-1e30)  # autograd's 0 * -inf would be NaN in d tau
     loss = definition(z, target, tau.to(acc), RHO, **options)
     if reduction == "none":

@@ -82,11 +82,14 @@ def check(gloo, world_size, tensors, padded=False, **options):
         if g is not None:
             compare.assert_within_twice_plain(g, e, p, name)
     live = target != -100
-    _, entropy, kl = compare.statistics(logits, tau)
+    c = options.get("softcap")
+    seen = c * torch.tanh(logits.double() / c) if c else logits
+    _, entropy, kl = compare.statistics(seen, tau)
     y = target.clamp(min=0)[..., None]
 
     def lse_and_log_prob(dtype):
-        x = logits.to(dtype) / tau.to(dtype)[..., None]
+        z = logits.to(dtype)
+        x = (c * torch.tanh(z / c) if c else z) / tau.to(dtype)[..., None]
         return torch.logsumexp(x, -1), torch.log_softmax(x, -1).gather(-1, y)[..., 0]
 
     pairs = zip(*map(lse_and_log_prob, (torch.float64, torch.float32)), strict=True)

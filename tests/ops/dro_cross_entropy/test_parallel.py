@@ -48,6 +48,17 @@ def test_the_gradient_in_place_of_the_logits(gloo, backend, dtype):
     check(gloo, 4, tensors, **options, reduction="sum")
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("backend", CPU_BACKENDS)
+def test_ranks_cap_their_logits(gloo, backend, dtype):
+    """Also: which of the logits that tanh makes equal is the largest, in columns of two ranks."""
+    tensors = make(dtype=dtype, spread=6.0)
+    tensors[0][2, 10], tensors[0][2, 40] = 300, 301
+    options = {"backend": backend, "softcap": 5.0}
+    check(gloo, 2, tensors, **options, z_loss=1e-2, label_smoothing=0.1, reduction="none")
+    check(gloo, 4, tensors, padded=True, **options, overwrite_logits=True)
+
+
 @pytest.mark.parametrize("overwrite", [False, True])
 @pytest.mark.parametrize("backend", ["reference", "native"])
 def test_float64_is_as_close_as_one_process(gloo, backend, overwrite):

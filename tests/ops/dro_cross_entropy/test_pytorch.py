@@ -25,14 +25,15 @@ def gradients(function, logits, tau):
     return loss.detach(), z.grad, t.grad
 
 
+@pytest.mark.parametrize("softcap", [0.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_opcheck(backend, dtype, device):
+def test_opcheck(backend, dtype, softcap, device):
     logits, target, tau = make(device, dtype=dtype)
     target[1] = 3  # opcheck compares with ==, which NaN statistics fail
     scale = torch.rand(6, device=device)
     ops = torch.ops.tempnet
-    numbers = (0.5, -100, 0.1, 0.01)
+    numbers = (0.5, -100, 0.1, 0.01, softcap)
     check = torch.library.opcheck
     for want_grad in (False, True):
         for want_argmax in (False, True):
@@ -51,7 +52,7 @@ def test_opcheck(backend, dtype, device):
         for want in (False, True):
             check(
                 getattr(ops.dro_cross_entropy_stats, backend),
-                (logits, target, tau, -100, *columns, want, want),
+                (logits, target, tau, -100, softcap, *columns, want, want),
             )
     check(getattr(ops.scale_rows_, backend), (logits.clone(), scale))
 

@@ -35,14 +35,17 @@ def op(request):
     return lambda name: register.operator(name, request.param)
 
 
-@pytest.mark.parametrize("label_smoothing, want_argmax", [(0.0, False), (0.0, True), (0.1, True)])
+@pytest.mark.parametrize(
+    "label_smoothing, want_argmax, softcap",
+    [(0.0, False, 0.0), (0.0, True, 0.0), (0.1, True, 0.0), (0.0, False, 5.0), (0.1, True, 5.0)],
+)
 @pytest.mark.parametrize("v", [4, 132, 36004])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_merged_parts_are_the_fused_result(op, dtype, v, label_smoothing, want_argmax):
+def test_merged_parts_are_the_fused_result(op, dtype, v, label_smoothing, want_argmax, softcap):
     """And the gradient of a part is the part of the gradient, in place and not, at any alignment,
     for int32 targets."""
     logits, target, tau, scale = make(3, v, dtype)
-    options = -100, label_smoothing, 1e-2
+    options = -100, label_smoothing, 1e-2, softcap
     fused = register.operator("dro_cross_entropy_fwd", "reference")
     plain = fused(logits.float(), target, tau, scale, RHO, *options, True, want_argmax)
     exact = fused(
@@ -61,7 +64,7 @@ def test_merged_parts_are_the_fused_result(op, dtype, v, label_smoothing, want_a
         shards = [logits[:, b : b + width] for b, _ in columns]
         parts = [
             op("dro_cross_entropy_stats")(
-                z, target.int(), tau, -100, *place, label_smoothing > 0, want_argmax
+                z, target.int(), tau, -100, softcap, *place, label_smoothing > 0, want_argmax
             )
             for z, place in zip(shards, columns, strict=True)
         ]
@@ -103,11 +106,14 @@ def test_targets_of_parts_on_a_gpu_are_nan_where_they_are_of_none(emulator):
     operators = emulated.Operators(emulator)
     logits, target, tau, scale = make(5, 40)
     target[2], target[3] = 80, 2**40
-    parts, argmax = operators.dro_cross_entropy_stats(logits, target, tau, -100, 40, 80, True, True)
+    columns = 40, 80
+    parts, argmax = operators.dro_cross_entropy_stats(
+        logits, target, tau, -100, 0.0, *columns, True, True
+    )
     assert parts.isnan().all(0).tolist() == [False, True, True, True, False]
     assert argmax.tolist()[1:4] == [-1] * 3 and (argmax[[0, 4]] >= 40).all()
     assert (parts[TokenPart.Z_Y, [0, 4]] == -math.inf).all()  # their columns are the other rank's
     grad = operators.dro_cross_entropy_bwd(
-        logits, target, tau, scale, torch.zeros(6, 5), -100, 0.0, 0.0, 40, 80
+        logits, target, tau, scale, torch.zeros(6, 5), -100, 0.0, 0.0, 0.0, *columns
     )
     assert (grad[1] == 0).all() and grad[2:4].isnan().all() and grad[[0, 4]].isfinite().all()

@@ -40,11 +40,12 @@ def test_opcheck(backend, dtype, device):
     hidden, weight, target, net = make(device, dtype=dtype)
     target[1] = 3  # opcheck compares with ==, which NaN statistics fail
     ops, check = torch.ops.tempnet, torch.library.opcheck
-    for center in (False, True):
+    for center, softcap in ((False, 0.0), (True, 0.0), (False, 3.0), (True, 3.0)):
         logits = hidden @ weight.T
-        check(getattr(ops.row_moments, backend), (logits, center))
-        moments = getattr(ops.row_moments, backend)(logits, center)
-        check(getattr(ops.normalized_rows, backend), (logits, moments[0], moments[4]))
+        check(getattr(ops.row_moments, backend), (logits, center, softcap))
+        moments = getattr(ops.row_moments, backend)(logits, center, softcap)
+        args = logits, moments[0], moments[4], softcap
+        check(getattr(ops.normalized_rows, backend), args)
     key = torch.tensor(5, device=device)
     tau, scale = torch.rand(2, 6, device=device) + 0.5
     tensors = [x.detach() for x in (net.proj[0].weight, *net.head(torch.float32))]

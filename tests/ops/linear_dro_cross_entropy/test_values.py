@@ -10,6 +10,7 @@ from backends import DTYPES
 from compare import (
     assert_entropy_accurate,
     counted_flops,
+    definition,
     statistics,
 )
 from linear_loss import RHO, check, gradients, layer, network, ours, plain
@@ -63,6 +64,34 @@ def test_predicted_temperatures(backend, fold, dtype, center):
     tau = net(torch.nn.functional.linear(*tensors))
     assert tau.max() - tau.min() > 0.05
     check(tensors, target, net, backend, chunk_rows=8)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+@pytest.mark.parametrize("net", [None, "raw", "max"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_logits_are_capped_with_one_rounding(backend, dtype, net, reduction):
+    *tensors, target = layer(dtype=dtype)
+    tau = torch.rand(19) + 0.4 if net is None else network(301, None if net == "raw" else net)
+    upstream = torch.ones(19) if reduction == "none" else None
+    options = {"softcap": 3.0, "reduction": reduction, "upstream": upstream}
+    check(tensors, target, tau, backend, chunk_rows=8, **options)
+
+
+@pytest.mark.parametrize("dtype, limit", [(torch.bfloat16, 6.5e-3), (torch.float16, 1e-3)], ids=str)
+def test_error_of_a_token_with_a_softcap_is_that_of_the_product(backend, dtype, limit):
+    """The product's rounding alone; rounded again when they are capped, logits err twice that."""
+    d = 64
+    hidden, weight = torch.randn(256, d).to(dtype), (torch.randn(2000, d) * 16 / d**0.5).to(dtype)
+    target = torch.randint(0, 2000, (256,))
+    z = hidden.double() @ weight.double().T
+    assert z.std() > 10, "logits that a cap of 20 bends"
+    exact = definition(z, target, torch.ones(256, dtype=torch.float64), RHO, softcap=20.0)
+    got = linear_dro_cross_entropy(
+        hidden, weight, target, rho=RHO, softcap=20.0, reduction="none", backend=backend
+    )
+    error = (got.double() - exact).abs().max()
+    print(f"{dtype}: worst error of a token {error:.2e}")
+    assert error <= limit
 
 
 @pytest.mark.parametrize("center", [None, "max"])
@@ -339,7 +368,7 @@ def test_row_moments(backend, v, center, dtype, request):
     logits[2, : v - v // 3] = -torch.inf
     logits[3, v // 2] = torch.nan
     operator = chunked_linear._op("row_moments", backend)
-    shift, squares, total, count, inverse = operator(logits, center)
+    shift, squares, total, count, inverse = operator(logits, center, 0.0)
     z = logits.double()
     counted = z != -torch.inf
     exact_shift = torch.where(z.isnan(), -torch.inf, z).amax(1) if center else torch.zeros(5)
@@ -354,11 +383,36 @@ def test_row_moments(backend, v, center, dtype, request):
         inverse, torch.where(squares == 0, 0, squares.rsqrt()), rtol=1e-6, atol=0, equal_nan=True
     )
     assert squares[3].isnan() and inverse[3].isnan()
-    normalized = chunked_linear._op("normalized_rows", backend)(logits, shift, inverse)
+    normalized = chunked_linear._op("normalized_rows", backend)(logits, shift, inverse, 0.0)
     expected = torch.where(logits == -torch.inf, 0, logits.float() - shift[:, None])
     live = [i for i in rows if counted[i].any()]  # of nothing, centred, it is NaN
     assert torch.equal(normalized[live], (expected * inverse[:, None])[live])
     assert normalized[3].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("v", [1, 33, 4101])
+def test_row_moments_of_capped_logits(backend, v, dtype):
+    padded = torch.full((4, v + 3), torch.nan).to(dtype)
+    logits = padded[:, 1 : v + 1]  # off 16 bytes; its neighbours are poison
+    logits.copy_(torch.randn(4, v) * 9)
+    logits[1, v // 2 :] = -torch.inf
+    logits[2, v // 3] = torch.inf
+    logits[3, v // 2] = torch.nan
+    operator = chunked_linear._op("row_moments", backend)
+    z = 5 * torch.tanh(logits.double() / 5)
+    for center in (False, True):
+        shift, squares, total, count, inverse = operator(logits, center, 5.0)
+        normalized = chunked_linear._op("normalized_rows", backend)(logits, shift, inverse, 5.0)
+        x = z - (z.amax(1, keepdim=True) if center else 0)
+        exact = (x * x).sum(1)
+        torch.testing.assert_close(squares.double(), exact, rtol=2e-6, atol=0, equal_nan=True)
+        if center:
+            torch.testing.assert_close(shift[:3].double(), z[:3].amax(1), rtol=1e-6, atol=0)
+            torch.testing.assert_close(total[:3].double(), x[:3].sum(1), rtol=1e-5, atol=1e-6)
+            assert torch.equal(count[:3], torch.full((3,), float(v)))
+        exact = torch.where(squares[:, None] == 0, 0, x / x.norm(dim=1, keepdim=True))
+        torch.testing.assert_close(normalized.double(), exact, rtol=0, atol=2e-6, equal_nan=True)
 
 
 @pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])
@@ -366,7 +420,7 @@ def test_row_moments_of_one_value(backend, value):
     logits = torch.full((2, 50), value)
     logits[0, 7] = 3.0
     operator = chunked_linear._op("row_moments", backend)
-    shift, squares, _, count, inverse = operator(logits, True)
+    shift, squares, _, count, inverse = operator(logits, True, 0.0)
     if value == -torch.inf:
         assert (shift[0], squares[0], count[0]) == (3, 0, 1)
         assert (shift[1], squares[1], count[1]) == (-torch.inf, 0, 0)
