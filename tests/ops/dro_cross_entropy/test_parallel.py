@@ -291,7 +291,7 @@ def test_unlike_numbers_of_columns_make_nan_where_nothing_waits_for_the_device(m
     logits, target, tau, weight = make()
     group = mock.Mock(**{"rank.return_value": 0, "size.return_value": 2})
     loss, rows, argmax = sharded.sharded_fwd(
-        "native", logits, target, tau, weight, TokenOptions(RHO, -100, 0.0, 0.0), group, True
+        "native", logits, target, tau, weight, TokenOptions(RHO, -100, 0.0, 0.0, 0.0), group, True
     )
     live = target != -100
     assert loss[live].isnan().all() and rows[:2, live].isnan().all() and (argmax == -1).all()
