@@ -58,6 +58,7 @@ def define(schema, fake, module, chunked=False):
             devices = () if backend == "native" else ("CUDA", "CPU")
         for device in devices:
             _library.impl(op, call, device)
+        _operators[name, backend] = getattr(getattr(torch.ops.tempnet, name), backend)
 
 
 def arguments(options):
@@ -97,10 +98,7 @@ def without_autocast(device, function, *args):
 
 def operator(name, backend):
     """The overload of ``backend``."""
-    found = _operators.get((name, backend))
-    if found is None:
-        found = _operators[name, backend] = getattr(getattr(torch.ops.tempnet, name), backend)
-    return found
+    return _operators[name, backend]
 
 
 def library(device):

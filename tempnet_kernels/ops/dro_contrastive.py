@@ -21,6 +21,7 @@ import torch.distributed as dist
 from typing_extensions import Unpack
 
 from tempnet_kernels.core import register
+from tempnet_kernels.core.autograd import apply
 from tempnet_kernels.core.checks import (
     check_has_float64,
     once_differentiable,
@@ -231,11 +232,14 @@ def dro_contrastive(
 
     track = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
     keep = track and m * all_n * acc.itemsize <= KEEP_BYTES
-    apply = _DROContrastive.apply if ranks is None else _apply_across_ranks
-    value, *stats = apply(
+    args = (
         image, text, row_tau, text_tau, log_s_image, log_s_text, columns, ids, mask,
         bool(include_positive), rho, float(gamma), keep, ranks, chosen,
     )  # fmt: skip
+    if ranks is None:
+        value, *stats = apply(_DROContrastive, *args)
+    else:
+        value, *stats = _apply_across_ranks(*args)
     return (value, ContrastiveStats(*stats[:6])) if return_stats else value
 
 

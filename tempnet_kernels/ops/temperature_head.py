@@ -12,6 +12,7 @@ Dropout masks are those of :mod:`tempnet_kernels.core.dropout`, made where they 
 import torch
 
 from tempnet_kernels.core import register
+from tempnet_kernels.core.autograd import apply
 from tempnet_kernels.core.checks import once_differentiable
 from tempnet_kernels.core.fields import Moments, accumulation_dtype
 from tempnet_kernels.core.tempnet import (
@@ -70,7 +71,7 @@ class _AfterFirstLayer(torch.autograd.Function):
 
 def after_first_layer(pre, head, key, probability, bounds, backend):
     """The temperatures ``[N]`` of a TempNet from ``pre = W1 x`` ``[N, H]``."""
-    return _AfterFirstLayer.apply(pre, key, probability, bounds, backend, *head)[0]
+    return apply(_AfterFirstLayer, pre, key, probability, bounds, backend, *head)[0]
 
 
 class _OfFeatures(torch.autograd.Function):
