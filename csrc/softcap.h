@@ -6,6 +6,7 @@
 
 namespace tempnet {
 
+// inverse_c is not to be multiplied by alone: its rounding would shift all logits one way.
 template <class T>
 struct Capped {
   T a, c, inverse_c;

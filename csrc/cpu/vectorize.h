@@ -171,7 +171,7 @@ TEMPNET_INLINE Logit<float> logit(float z, float) { return {z, 1}; }
 TEMPNET_INLINE Logit<double> logit(double z, double) { return {z, 1}; }
 template <class T>
 TEMPNET_INLINE Logit<T> logit(T z, const Capped<T>& scale) {
-  const Logit<T> t = tanh_of(z * scale.inverse_c);
+  const Logit<T> t = tanh_of(z / scale.c);
   return {scale.c * t.value, t.slope};
 }
 

@@ -37,7 +37,9 @@ TEMPNET_DEVICE Logit<float> tanh_of(float x) {
 
 TEMPNET_DEVICE Logit<float> logit(float z, float) { return {z, 1}; }
 TEMPNET_DEVICE Logit<float> logit(float z, const Capped<float>& scale) {
-  const Logit<float> t = tanh_of(z * scale.inverse_c);
+  // z / c, rounded once; of an infinite z the remainder is NaN.
+  const float x = z * scale.inverse_c, remainder = fmaf(-x, scale.c, z);
+  const Logit<float> t = tanh_of(remainder == remainder ? fmaf(remainder, scale.inverse_c, x) : x);
   return {multiply(scale.c, t.value), t.slope};
 }
 

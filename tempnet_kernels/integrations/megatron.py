@@ -29,7 +29,7 @@ class TempNetVocabParallelCrossEntropy(SharesGroup, TempNetCrossEntropyLoss):
             that ``shard(tp_group)`` divided. It is divided in place.
         rho: KL radius in nats, in [0, log V).
         tp_group: the tensor-parallel group, of one rank too.
-        options: ``ignore_index``, ``label_smoothing``, ``z_loss`` and ``backend`` of
+        options: ``ignore_index``, ``label_smoothing``, ``z_loss``, ``softcap`` and ``backend`` of
             :func:`tempnet_kernels.dro_cross_entropy`.
 
     ``log V`` counts the columns of all ranks, Megatron's padding of the vocabulary included. Where

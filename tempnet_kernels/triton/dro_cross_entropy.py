@@ -28,22 +28,27 @@ LANE = tl.constexpr(8)  # columns of a thread's online step: their maximum needs
 NO_COLUMN = tl.constexpr(2**31 - 1)
 
 
-def config(v, extras):
+def config(v, extras, capped=False):
     """(kernel, BLOCK, num_warps) for rows of ``v`` columns.
 
-    ``extras``: label smoothing, argmax or a softcap, which keep more of the row alive: a thread
-    then holds fewer columns.
+    ``extras``: label smoothing or argmax, which keep more of the row alive, and ``capped``, whose
+    tanh does: a thread then holds fewer columns.
     """
-    if v <= ONE_PASS_COLUMNS // (2 if extras else 1):
+    if v <= ONE_PASS_COLUMNS // (4 if capped else 2 if extras else 1):
         block = max(16, triton.next_power_of_2(v))
-        return one_pass_kernel, block, min(16, max(1, block // 1024))
-    return two_pass_kernel, 4096 if extras else 8192, 16
+        return one_pass_kernel, block, min(16, max(1, block // (512 if capped else 1024)))
+    return two_pass_kernel, *((2048, 8) if capped else (4096 if extras else 8192, 16))
 
 
-def stats_config(v, extras):
+def stats_config(v, extras, capped=False):
     """(BLOCK, num_warps) of stats_kernel."""
-    block = min(4096 if extras else 8192, max(16, triton.next_power_of_2(v)))
+    most = 2048 if capped else 4096 if extras else 8192
+    block = min(most, max(16, triton.next_power_of_2(v)))
     return block, min(16, max(1, block // 256))
+
+
+def bwd_warps(capped):
+    return 16 if capped else 8
 
 
 @triton.jit
@@ -124,7 +129,7 @@ def one_pass_kernel(
     a = LOG2E / tau
     given = tl.load(logits_ptr + columns, mask=inside, other=float("-inf")).to(tl.float32)
     z, slope = softcapped(given, inside, SOFTCAP)  # (BLOCK,)
-    z_y, _ = softcapped(tl.load(logits_ptr + y).to(tl.float32), True, SOFTCAP)
+    z_y = softcapped(tl.load(logits_ptr + y).to(tl.float32), True, SOFTCAP)[0]
     zmax = tl.max(z, 0)  # drops NaN, which reaches s
     m = tl.maximum(zmax * a, EMPTY)
     u = centred(z, a, m)  # (BLOCK,), -inf outside
@@ -165,7 +170,7 @@ def _reduce_row(
     sz = tl.zeros([LANES], tl.float32)  # sum of a (z - z_0), for label smoothing
     zmax = tl.full([LANES], float("-inf"), tl.float32)
     first = tl.full([LANES], NO_COLUMN, tl.int32)
-    z_0, _ = softcapped(tl.load(logits_ptr).to(tl.float32), True, SOFTCAP)
+    z_0 = softcapped(tl.load(logits_ptr).to(tl.float32), True, SOFTCAP)[0]
     z_0 = tl.where(z_0 == float("-inf"), 0.0, z_0)  # -inf - -inf is NaN
     for start in range(0, v, BLOCK):
         columns = start + tile
@@ -173,7 +178,7 @@ def _reduce_row(
         given = tl.load(
             logits_ptr + columns, mask=inside, other=float("-inf"), eviction_policy="evict_last"
         ).to(tl.float32)
-        z, _ = softcapped(given, inside, SOFTCAP)
+        z = softcapped(given, inside, SOFTCAP)[0]
         m_new = tl.maximum(m, tl.max(z, 1) * a)
         z_lane = tl.max(given, 1)
         u = centred(z, a, m_new[:, None])
@@ -212,12 +217,12 @@ def two_pass_kernel(
         return
     logits_ptr += i * logits_stride
     a = LOG2E / tau
-    z_y, _ = softcapped(tl.load(logits_ptr + y).to(tl.float32), True, SOFTCAP)
+    z_y = softcapped(tl.load(logits_ptr + y).to(tl.float32), True, SOFTCAP)[0]
 
     m, s, sx, zmax, mean_u, first = _reduce_row(
         logits_ptr, v, a, WANT_ARGMAX, SMOOTH, SOFTCAP, BLOCK
     )
-    zmax, _ = softcapped(zmax, True, SOFTCAP)
+    zmax = softcapped(zmax, True, SOFTCAP)[0]
     loss, grad_tau, log2_s, entropy, log_prob, c = finish(
         m, s, sx, zmax, z_y, mean_u, a, tau, rho, log_v, label_smoothing, z_loss
     )
@@ -266,7 +271,7 @@ def stats_kernel(
         logits_ptr, v, a, WANT_ARGMAX, SMOOTH, SOFTCAP, BLOCK
     )
     tl.store(parts_ptr, zmax)
-    zmax, _ = softcapped(zmax, True, SOFTCAP)
+    zmax = softcapped(zmax, True, SOFTCAP)[0]
     tl.store(parts_ptr + n, m)
     tl.store(parts_ptr + 2 * n, centred(zmax, a, m))
     tl.store(parts_ptr + 3 * n, s)
@@ -304,7 +309,7 @@ def bwd_kernel(
     y -= begin
     # Only of this program's columns: in place, another one overwrites the others.
     own = (y >= start) & (y < start + BLOCK) & (y < v)
-    z_y, _ = softcapped(tl.load(logits_ptr + y, mask=own, other=0.0).to(tl.float32), True, SOFTCAP)
+    z_y = softcapped(tl.load(logits_ptr + y, mask=own, other=0.0).to(tl.float32), True, SOFTCAP)[0]
     e = tl.exp2(centred(z, a, m))
     grad = _gradient(
         e, slope, columns, y, z_y, a, m, tl.exp2(-log2_s), c, scale, vocab_size, label_smoothing
@@ -339,7 +344,7 @@ def _forward(
     loss = torch.empty(n, dtype=torch.float32, device=logits.device)
     rows = loss.new_empty(ROWS, n)
     argmax = torch.empty(n if want_argmax else 0, dtype=torch.int64, device=logits.device)
-    kernel, block, num_warps = config(v, want_argmax or label_smoothing > 0 or softcap > 0)
+    kernel, block, num_warps = config(v, want_argmax or label_smoothing > 0, softcap > 0)
     out = logits if grad is None else grad
     if n:
         with device_of(logits):
@@ -372,7 +377,7 @@ def dro_cross_entropy_stats(
     n, v = logits.shape
     parts = tau.new_empty(PARTS.value, n)
     argmax = torch.empty(n if want_argmax else 0, dtype=torch.int64, device=logits.device)
-    block, num_warps = stats_config(v, want_argmax or want_mean or softcap > 0)
+    block, num_warps = stats_config(v, want_argmax or want_mean, softcap > 0)
     if n:
         with device_of(logits):
             stats_kernel[(n,)](
@@ -404,7 +409,8 @@ def _backward(
             bwd_kernel[(n, triton.cdiv(v, ELEMENTWISE_BLOCK))](
                 logits, logits.stride(0), grad, grad.stride(0), target, target.stride(0), tau,
                 tau.stride(0), scale, scale.stride(0), rows, n, v, ignore_index, label_smoothing,
-                z_loss, begin, vocab_size, SOFTCAP=softcap, BLOCK=ELEMENTWISE_BLOCK, num_warps=8,
+                z_loss, begin, vocab_size, SOFTCAP=softcap, BLOCK=ELEMENTWISE_BLOCK,
+                num_warps=bwd_warps(softcap > 0),
             )  # fmt: skip
 
 

@@ -26,7 +26,7 @@ def moments_kernel(logits_ptr, logits_stride, moments_ptr, n, v, CENTER: tl.cons
     for start in range(0, v, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         z = tl.load(row_ptr + columns, mask=columns < v, other=MINUS_INF).to(tl.float32)
-        z, _ = softcapped(z, columns < v, SOFTCAP)
+        z = softcapped(z, columns < v, SOFTCAP)[0]
         counted = z != MINUS_INF  # NaN counts
         if CENTER:
             # Nothing cancels: neither d nor the sum is ever positive.

@@ -22,8 +22,8 @@ def centred(z, a, m):
 def softcapped(z, inside, SOFTCAP: tl.constexpr):
     """(z', d z' / d z) of z' = c tanh(z / c), c > 0, with -inf outside. csrc/softcap.h has the
     numbers, and why."""
-    if SOFTCAP:
-        y = tl.abs(z * (1 / SOFTCAP))
+    if SOFTCAP > 0:
+        y = tl.abs(tl.div_rn(z, tl.full(z.shape, SOFTCAP, tl.float32)))
         e = tl.exp2(y * -2.88539008)
         r = 1 / (1 + e)
         s = y * y

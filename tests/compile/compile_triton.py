@@ -49,18 +49,27 @@ def token_loss():
             end = (dtype, v % 16 == 0)
             wanted = [(True, False, 0.0), (False, False, 0.0), (True, True, 0.0)]
             for grad, extras, softcap in (*wanted, (True, False, 30.0), (True, True, 30.0)):
-                kernel, block, num_warps = token.config(v, extras or softcap)
+                kernel, block, num_warps = token.config(v, extras, softcap > 0)
                 flags = {"UNSCALED": dtype == "fp16", "WANT_GRAD": grad, "WANT_ARGMAX": extras}
                 flags |= {"SMOOTH": extras, "SOFTCAP": softcap, "BLOCK": block}
                 yield f"V={v}", kernel, flags, num_warps, *end
             for extras, softcap in product((False, True), (0.0, 30.0)):
-                block, num_warps = token.stats_config(v, extras or softcap)
+                block, num_warps = token.stats_config(v, extras, softcap > 0)
                 flags = {"WANT_ARGMAX": extras, "SMOOTH": extras, "SOFTCAP": softcap}
                 yield f"V={v}", token.stats_kernel, {**flags, "BLOCK": block}, num_warps, *end
             flags = {"BLOCK": token.ELEMENTWISE_BLOCK}
             for softcap in (0.0, 30.0):
-                yield f"V={v}", token.bwd_kernel, {"SOFTCAP": softcap, **flags}, 8, *end
+                num_warps = token.bwd_warps(softcap > 0)
+                yield f"V={v}", token.bwd_kernel, {"SOFTCAP": softcap, **flags}, num_warps, *end
             yield f"V={v}", token.scale_kernel, flags, 8, *end
+
+    # The longest rows with a softcap that are held in registers.
+    most = token.ONE_PASS_COLUMNS // 4
+    for dtype, extras in product(("bf16", "fp32"), (False, True)):
+        kernel, block, num_warps = token.config(most, extras, True)
+        flags = {"UNSCALED": False, "WANT_GRAD": True, "WANT_ARGMAX": extras, "SMOOTH": extras}
+        flags |= {"SOFTCAP": 30.0, "BLOCK": block}
+        yield f"V={most}", kernel, flags, num_warps, dtype, True
 
 
 def rows_of_tokens():

@@ -21,7 +21,7 @@ READS = ("aligned", "edged", "twice")
 
 
 def token_loss(compiled):
-    """{(kernel, dtype, mode, read): (registers, spilled bytes)}"""
+    """{(kernel, dtype, mode, read, capped, ...): (registers, spilled bytes)}"""
     report = {}
     for kernel, arguments, registers, spilled in compiled:
         dtype = re.match(r"f|NS0_\d+(\w+?)E", arguments)
@@ -32,6 +32,7 @@ def token_loss(compiled):
             (dtype.group(1) or "float") if dtype else None,
             MODES[int(mode.group(1))] if mode else None,
             READS[int(read.group(1))] if read else None,
+            "Lb1E" in arguments and kernel not in ("join_kernel", "stats_kernel"),
             arguments if kernel in ("join_kernel", "stats_kernel") else None,
         )
         report[key] = (registers, spilled)
@@ -57,15 +58,16 @@ def reports(compiled):
 def test_every_kernel_is_compiled(reports):
     for report in reports.values():
         # row: 3 types x 4 modes x 3 reads; split: 3 x 4; join: 3 x 2; stats: 2; backward and scale:
-        # 3 each.
-        assert len(report) == 36 + 12 + 6 + 2 + 6
+        # 3 each. With a softcap: row and split of 2 modes, stats, backward.
+        assert len(report) == 36 + 12 + 6 + 2 + 6 + 6 + 6 + 2 + 3
 
 
 def test_main_kernels_hold_a_row_in_64_registers_without_a_spill(reports):
     for architecture, report in reports.items():
         for key, (registers, spilled) in report.items():
-            kernel, _, mode, read, _ = key
-            if kernel == "row_kernel" and mode in MAIN_MODES and read != "edged":
+            kernel, _, mode, read, capped, _ = key
+            main = mode in MAIN_MODES and read != "edged" and not capped
+            if kernel == "row_kernel" and main:
                 # 512 threads x 64 registers: two CTAs fit on a multiprocessor.
                 assert (registers <= 64, spilled) == (True, 0), (architecture, key)
 
@@ -73,9 +75,20 @@ def test_main_kernels_hold_a_row_in_64_registers_without_a_spill(reports):
 def test_no_other_kernel_spills_more_than_a_few_words_of_a_row(reports):
     for architecture, report in reports.items():
         for key, (_, spilled) in report.items():
-            kernel = key[0]
-            limit = 128 if kernel == "row_kernel" else 0  # a thread holds 128 bytes of the row
+            kernel, *_, capped, _ = key
+            # A thread holds 128 bytes of the row.
+            limit = 128 if kernel == "row_kernel" and not capped else 0
             assert spilled <= limit, (architecture, key, spilled)
+
+
+def test_kernels_with_a_softcap_leave_registers_for_two_ctas(reports):
+    for architecture, report in reports.items():
+        capped = {key: registers for key, (registers, _) in report.items() if key[4]}
+        assert len(capped) == 6 + 6 + 3
+        for key, registers in capped.items():
+            # 512 threads for backward_kernel, 256 for the others.
+            limit = 64 if key[0] == "backward_kernel" else 128
+            assert registers <= limit, (architecture, key, registers)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -50,7 +50,7 @@ def token_cases(device):
     everything = {"label_smoothing": 0.1, "z_loss": 1e-3, "overwrite_logits": True}
     everything["reduction"] = "sum"
     kinds = ("", {}), (" none", {"reduction": "none"}), (" all", everything)
-    kinds += tuple((f"{words} softcap", {**options, "softcap": 3.0}) for words, options in kinds)
+    kinds += tuple((f"{words} softcap", {**options, "softcap": 8.0}) for words, options in kinds)
     for n, v, first in row_shapes(device):
         for words, options in kinds:
             make = functools.partial(rows_of, n, v, first)
@@ -87,7 +87,7 @@ def vocabulary_cases(device):
     for n, v, first in row_shapes(device):
         v = v // 3 * 3
         make = functools.partial(rows_of, n, v, first)
-        for softcap in (0.0, 3.0):
+        for softcap in (0.0, 8.0):
             label = f"vocabulary in 3 parts{' softcap' * (softcap > 0)} ({n}, {v})"
             yield from pairs_of(label, make, functools.partial(parts, softcap), device)
 
