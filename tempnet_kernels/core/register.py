@@ -81,7 +81,8 @@ def _lazy(name, module, *first):
     def call(*args):
         function = getattr(importlib.import_module(f"tempnet_kernels.{module}"), name)
         # The caller's autocast would round what the operator multiplies.
-        with torch.autocast(args[0].device.type, enabled=False):
+        tensor = args[0][0] if isinstance(args[0], list) else args[0]
+        with torch.autocast(tensor.device.type, enabled=False):
             return function(*first, *args)
 
     return call
