@@ -5,7 +5,7 @@ from typing import TypedDict
 import torch
 import torch.distributed as dist
 
-from tempnet_kernels.core.checks import check_floats, check_integers, check_like
+from tempnet_kernels.core.checks import check_floats, check_integers, check_like, first_outside
 from tempnet_kernels.core.pairs import Ranks, gather
 from tempnet_kernels.core.register import Backend
 
@@ -58,15 +58,12 @@ def columns_of_pairs(name, positive, m, n, device):
         return torch.empty(0, dtype=torch.int64, device=device)
     check_integers(name, "positive", positive, (m,), device)
     positive = positive.long().contiguous()
-    if m and device.type == "cpu" and not torch.compiler.is_compiling():
-        low, high = torch.aminmax(positive)
-        if low < 0 or high >= n:
-            row = int(((positive < 0) | (positive >= n)).nonzero()[0])
-            raise IndexError(
-                f"{name}: positive[{row}] must be in [0, {n}), got {int(positive[row])}"
-            )
-        if positive.unique().numel() < m:
-            raise ValueError(f"{name}: positive must hold {m} different columns")
+    row = first_outside(positive, n)
+    if row is not None:
+        raise IndexError(f"{name}: positive[{row}] must be in [0, {n}), got {int(positive[row])}")
+    readable = device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and positive.unique().numel() < m:
+        raise ValueError(f"{name}: positive must hold {m} different columns")
     return positive
 
 
