@@ -215,7 +215,7 @@ class ContrastiveOperators:
     does."""
 
     # What no operator of the package encloses: torch.compile takes an operator only.
-    registered = ("anchor_states", "contrastive_anchors")
+    registered = ("anchor_states", "contrastive_anchors", "pair_gradients_")
 
     def __init__(self, module, multiprocessors=132):
         self.module, self.multiprocessors = module, multiprocessors
@@ -328,6 +328,8 @@ class TemperatureOperators:
 class SampleOperators:
     """The operators of the state per sample."""
 
+    registered = ("read_samples", "write_samples_")
+
     def __init__(self, module):
         self.module = module
 
@@ -354,6 +356,8 @@ OPERATORS = {
     "dro_cross_entropy": (Operators, "ops.dro_cross_entropy", "ops.overwrite"),
     "linear_dro_cross_entropy": (Operators, "chunked.linear_dro_cross_entropy"),
     "dro_contrastive": (ContrastiveOperators, "chunked.dro_contrastive"),
+    "contrastive_anchors": (ContrastiveOperators,),
+    "per_sample_state": (SampleOperators,),
     "tempered_softmax": (SoftmaxOperators, "ops.tempered_softmax"),
     "optimal_temperature": (TemperatureOperators, "ops.optimal_temperature"),
 }
