@@ -9,6 +9,6 @@ namespace tempnet {
 enum StateField { kStateM, kStateS, kStateSx, kStateCount, kStatePositive, kStateFields };
 
 // Of the gradient's parameters, [3, M] and [3, N]: w = q 2^(z a - m).
-enum WeightField { kWeightA, kWeightM, kWeightQ };
+enum WeightField { kWeightA, kWeightM, kWeightQ, kWeightFields };
 
 }  // namespace tempnet

@@ -4,7 +4,7 @@ one elementwise kernel of the backend, never an M x N matrix."""
 import torch
 
 from tempnet_kernels.core import register
-from tempnet_kernels.core.fields import AnchorParameters, AnchorState
+from tempnet_kernels.core.fields import AnchorParameters
 from tempnet_kernels.core.matmul import add_product, multiply, operand
 
 # Bytes of a tile of similarities in the accumulation dtype. On the CPU a tile and its operands stay
@@ -12,8 +12,6 @@ from tempnet_kernels.core.matmul import add_product, multiply, operand
 TILE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 # Rows of a tile: a product with fewer is bound by the reading of the other operand.
 TILE_ROWS = {"cpu": 1024, "cuda": 4096}
-# Bytes of the features whose positives are taken off the gradients at a time.
-POSITIVE_BYTES = {"cpu": 512 << 10, "cuda": 32 << 20}
 
 
 def _tiles(m, n, device, itemsize):
@@ -27,104 +25,102 @@ def _tiles(m, n, device, itemsize):
     ]
 
 
-EMPTY = -1e30  # m where no pair counts; finite, since -inf - -inf is NaN
-
 _op = register.operator
 
 
-def _scale(rows, columns, dtype):
-    """A power of two that moves weights of float16 to the middle of its range, 0-d: of 2^18 pairs
-    each has 4e-6, a subnormal number, and w may be up to 2 / gamma."""
+def _unit(rows, columns, dtype):
+    """A power of two that moves weights of float16 to the middle of its range, 0-d; empty for 1: of
+    2^18 pairs each has 4e-6, a subnormal number, and w may be up to 2 / gamma."""
     if dtype != torch.float16:
-        return None
+        return rows.new_empty(0)
     # q, which 2^(z a - m) <= 1 multiplies
     largest = rows[AnchorParameters.Q].amax() + columns[AnchorParameters.Q].amax()
-    scale = torch.exp2(torch.floor(torch.log2(2**14 / largest)))
-    return torch.where((largest > 0) & torch.isfinite(scale), scale, 1.0)
+    unit = torch.exp2(torch.floor(torch.log2(2**14 / largest)))
+    return torch.where((largest > 0) & torch.isfinite(unit), unit, 1.0)
 
 
-def _with_scaled_q(parameters, scale):
-    return parameters if scale is None else torch.cat([parameters[:2], parameters[2:] * scale])
+def _with_scaled_q(parameters, unit):
+    return torch.cat([parameters[:2], parameters[2:] * unit]) if unit.numel() else parameters
 
 
-def dro_contrastive_stats(
-    backend, image, text, row_a, column_a, positive, ids, mask, include_positive, keep
-):
+def dro_contrastive_stats_(
+    backend, rows, columns, image, text, row_a, column_a, positive, ids, mask, include_positive,
+    keep,
+):  # fmt: skip
     m, n = image.shape[0], text.shape[0]
     image, text = operand(image, row_a.dtype), operand(text, row_a.dtype)
-    rows, columns = (row_a.new_zeros((AnchorState.FIELDS, x)) for x in (m, n))
-    rows[AnchorState.M], columns[AnchorState.M] = EMPTY, EMPTY
     similarity = row_a.new_empty((m, n) if keep else (0, 0))
     tiles = _tiles(m, n, image.device.type, row_a.itemsize)
     buffer = None if keep else _buffer(row_a, row_a.dtype, tiles)
+    add_states = _op("similarity_stats_", backend)
     for r, c in tiles:
         tile = similarity[r, c] if keep else _view(buffer, r, c)
         multiply(image[r], text[c].T, tile)
-        _op("similarity_stats_", backend)(
+        add_states(
             rows, columns, tile, r.start, c.start, row_a, column_a, positive, ids, mask,
             include_positive,
         )  # fmt: skip
-    if not ids.numel() and not mask.numel():
-        rows[AnchorState.COUNT] = n - (not include_positive)
-        # Not every column is one of these rows' positives: the other ranks have theirs.
-        columns[AnchorState.COUNT] = m
-        if not include_positive:
-            columns[AnchorState.COUNT].index_fill_(0, positive, m - 1)
-    return rows, columns, similarity
+    return similarity
 
 
 def dro_contrastive_grad(
-    backend, image, text, similarity, rows, columns, total, positive, ids, mask, include_positive,
-    want_image, want_text,
+    backend, image, text, similarity, rows, columns, total, positive, pair, ids, mask,
+    include_positive, scale, wide_text, want_image, want_text,
 ):  # fmt: skip
-    m = image.shape[0]
     acc = rows.dtype
-    image, text = operand(image, acc), operand(text, acc)
-    grad_image = rows.new_zeros(image.shape if want_image else (0, 0))
-    grad_text = rows.new_zeros(text.shape if want_text else (0, 0))
-    if not m:
-        return grad_image, grad_text
-    scale = _scale(rows, columns, image.dtype)
-    rows, columns = _with_scaled_q(rows, scale), _with_scaled_q(columns, scale)
-    _add_weighted(
-        backend, grad_image if want_image else None, grad_text if want_text else None, image, text,
-        similarity, rows, columns, (positive, ids, mask, include_positive),
+    like_image, like_text = (
+        x.new_empty(x.shape if want else (0, 0), dtype=dtype)
+        for x, want, dtype in (
+            (image, want_image, image.dtype),
+            (text, want_text, acc if wide_text else text.dtype),
+        )
+    )
+    if not image.shape[0]:
+        return like_image, like_text.zero_()
+    # Of 16-bit features the gradients are summed in fp32 first.
+    image_sum, text_sum = (
+        x if x.dtype == acc else x.new_empty(x.shape, dtype=acc) for x in (like_image, like_text)
+    )
+    unit = _unit(rows, columns, image.dtype)
+    rows, columns = _with_scaled_q(rows, unit), _with_scaled_q(columns, unit)
+    _sum_weighted(
+        backend, image_sum if want_image else None, text_sum if want_text else None,
+        operand(image, acc), operand(text, acc), similarity, rows, columns,
+        (positive, ids, mask, include_positive),
     )  # fmt: skip
-    if scale is not None:
-        grad_image.div_(scale)
-        grad_text.div_(scale)
     # The positives' share, which nearly cancels the rest, is not rounded to the weights' dtype.
-    bytes_of_pair = max(1, image.shape[1] * acc.itemsize)
-    step = max(1, POSITIVE_BYTES[image.device.type] // bytes_of_pair)
-    for i in range(0, m, step):
-        r = slice(i, i + step)
-        at, minus = positive[r], -total[r, None]
-        if want_image:
-            grad_image[r].addcmul_(text[at].to(acc), minus)
-        if want_text:
-            own = torch.addcmul(grad_text[at], image[r].to(acc), minus)
-            grad_text.index_copy_(0, at, own)
-    return grad_image, grad_text
+    _op("pair_gradients_", backend)(
+        like_image, like_text, image_sum, text_sum, image, text, total, positive, pair, unit, scale
+    )
+    return like_image, like_text
 
 
-def _add_weighted(backend, grad_image, grad_text, image, text, similarity, rows, columns, pairs):
-    """Adds W text and W^T image to the gradients that are not None, tile by tile."""
+def _sum_weighted(backend, image_sum, text_sum, image, text, similarity, rows, columns, pairs):
+    """W text and W^T image into the sums that are not None, tile by tile."""
     tiles = _tiles(image.shape[0], text.shape[0], image.device.type, rows.itemsize)
     # The weights have the features' dtype, that of the products' other operand.
     weights_buffer = tile_buffer = _buffer(rows, image.dtype, tiles)
     if image.dtype != rows.dtype and not similarity.numel():
         tile_buffer = _buffer(rows, rows.dtype, tiles)
+    make_weights = _op("similarity_weights_", backend)
     for r, c in tiles:
         weights = _view(weights_buffer, r, c)
         if similarity.numel():
             tile = similarity[r, c]
         else:
             tile = multiply(image[r], text[c].T, _view(tile_buffer, r, c))
-        _op("similarity_weights_", backend)(weights, tile, r.start, c.start, rows, columns, *pairs)
-        if grad_image is not None:
-            add_product(grad_image[r], weights, text[c])
-        if grad_text is not None:
-            add_product(grad_text[c], weights.T, image[r])
+        make_weights(weights, tile, r.start, c.start, rows, columns, *pairs)
+        if image_sum is not None:
+            _add(image_sum[r], weights, text[c], is_first=c.start == 0)
+        if text_sum is not None:
+            _add(text_sum[c], weights.T, image[r], is_first=r.start == 0)
+
+
+def _add(out, a, b, is_first):
+    if is_first:
+        multiply(a, b, out)
+    else:
+        add_product(out, a, b)
 
 
 def _buffer(like, dtype, tiles):

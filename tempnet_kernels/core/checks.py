@@ -81,6 +81,18 @@ def check_integers(function, argument, tensor, shape, device):
     check_like(function, argument, tensor, tuple(shape), device)
 
 
+def first_outside(indices, size):
+    """The first row whose index is not in [0, size); None if there is none, and where that is not
+    known without waiting for a GPU or breaking a graph."""
+    readable = indices.device.type == "cpu" and not torch.compiler.is_compiling()
+    if not readable or not indices.numel():
+        return None
+    low, high = torch.aminmax(indices)
+    if low.item() >= 0 and high.item() < size:
+        return None
+    return int(((indices < 0) | (indices >= size)).nonzero()[0])
+
+
 def temperature_bounds(function, tau_min, tau_max):
     if not 0 < tau_min < tau_max < math.inf:
         raise ValueError(

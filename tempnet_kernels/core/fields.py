@@ -55,6 +55,15 @@ class AnchorParameters:
     and w_ij = q 2^(S_ij a - m)."""
 
     A, M, Q = range(3)
+    FIELDS = 3
+
+
+class AnchorStatistics:
+    """What is known of a pair's two anchors after a visit, ``[6, M]``, in the order of
+    :class:`tempnet_kernels.ContrastiveStats`; csrc/contrastive_anchors.h has the same order."""
+
+    LOG_S_IMAGE, LOG_S_TEXT, KL_IMAGE, KL_TEXT, K_IMAGE, K_TEXT = range(6)
+    FIELDS = 6
 
 
 class Moments:

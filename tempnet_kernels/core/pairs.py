@@ -110,11 +110,11 @@ def _all_sum(x, ranks):
 
 
 def merge(columns, ranks):
-    """The states (m, s, sx, count), ``[4, N]``, of every rank's rows -> those of all rows,
-    ``[4, n]`` of this rank's columns."""
+    """The states of the columns, ``[5, N]``, by every rank's rows -> those by all rows, of this
+    rank's columns: m, s, sx and count, ``[4, n]``."""
     if ranks is None:
         return columns
-    m, s, sx, count = columns
+    m, s, sx, count = columns[:4]
     top = m.clone()
     dist.all_reduce(top, dist.ReduceOp.MAX, group=ranks.group)
     d = m - top

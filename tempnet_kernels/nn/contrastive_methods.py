@@ -18,6 +18,7 @@ class Method:
     needs_state = False
     softmax = False  # CLIP's loss: the positive counts, and nothing is remembered
     learns = False  # its temperatures from rho
+    has_step = False
 
     def bounds(self, tau, tau_min, tau_max):
         """(tau_min, tau_max) from what was given."""
@@ -31,9 +32,10 @@ class Method:
         """Of the anchors of both sides, each ``[B]`` or one number as 0-d."""
         raise NotImplementedError
 
-    def step(self, loss, ids, taus, ks, counted):
-        """The new values of its state at ``ids``, from the derivative k of each side's terms by its
-        temperatures. ``counted`` is NaN at an anchor that has no term."""
+    def step(self, loss, ids, taus, k, counted):
+        """{name: the new values at ``ids``} of its state, from the derivative ``k [2, B]`` of both
+        sides' terms by their temperatures. ``counted [2, B]`` is NaN at an anchor that has no
+        term."""
         return {}
 
 
@@ -89,7 +91,7 @@ class ISogCLR(Method):
     RATE, MOMENTUM, CLIP = 0.03, 0.5, 5.0
 
     tau = 0.01
-    needs_state = learns = True
+    needs_state = learns = has_step = True
 
     def bounds(self, tau, tau_min, tau_max):
         tau_min = 0.005 if tau_min is None else tau_min
@@ -101,19 +103,17 @@ class ISogCLR(Method):
         return {"tau_image": tau, "tau_text": tau, "u_image": 0.0, "u_text": 0.0}
 
     def temperatures(self, loss, image, text, ids, update, logit_scale):
-        return loss.state.read("tau_image", ids), loss.state.read("tau_text", ids)
+        return loss.state.read(("tau_image", "tau_text"), ids, loss.backend).unbind()
 
-    def step(self, loss, ids, taus, ks, counted):
-        new = {}
-        for side, tau, k, counts in zip(("image", "text"), taus, ks, counted, strict=True):
-            old = loss.state.read(f"u_{side}", ids)
-            # What is not finite must not reach the table.
-            moves = torch.isfinite(k) & torch.isfinite(counts)
-            bounded = k.clamp(-self.CLIP, self.CLIP).to(old)
-            u = torch.where(moves, torch.lerp(old, bounded, self.MOMENTUM), old)
-            moved = (tau - self.RATE * u).clamp(loss.tau_min, loss.tau_max)
-            new |= {f"u_{side}": u, f"tau_{side}": torch.where(moves, moved, tau)}
-        return new
+    def step(self, loss, ids, taus, k, counted):
+        old, tau = loss.state.read(("u_image", "u_text"), ids, loss.backend), torch.stack(taus)
+        # What is not finite must not reach the table.
+        moves = torch.isfinite(k + counted)
+        bounded = k.clamp(-self.CLIP, self.CLIP).to(old)
+        u = torch.where(moves, torch.lerp(old, bounded, self.MOMENTUM), old)
+        moved = (tau - self.RATE * u).clamp(loss.tau_min, loss.tau_max)
+        moved = torch.where(moves, moved, tau)
+        return {"tau_image": moved[0], "tau_text": moved[1], "u_image": u[0], "u_text": u[1]}
 
 
 class Predicted(Method):

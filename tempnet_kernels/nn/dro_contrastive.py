@@ -7,7 +7,13 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from tempnet_kernels.core.checks import check_integers, check_reachable, in_backward, radius
+from tempnet_kernels.core.checks import (
+    check_integers,
+    check_reachable,
+    first_outside,
+    in_backward,
+    radius,
+)
 from tempnet_kernels.core.collectives import SharesGroup
 from tempnet_kernels.core.fields import accumulation_dtype
 from tempnet_kernels.core.pairs import all_sum, gather, meet
@@ -222,7 +228,9 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
         if own.softmax:
             visit = {"gamma": 1.0, "rho": 0.0, "include_positive": True}
         elif ids is not None:
-            visit |= {x: self.state.read(x, ids) for x in ("log_s_image", "log_s_text")}
+            names = ("log_s_image", "log_s_text")
+            log_s = self.state.read(names, ids, self.backend)
+            visit |= dict(zip(names, log_s, strict=True))
         value, stats = dro_contrastive(
             image, text, *taus, **visit, image_ids=image_ids, text_ids=text_ids,
             negative_mask=negative_mask, return_stats=True, process_group=ranks,
@@ -230,9 +238,13 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
         )  # fmt: skip
         if update:
             new = {"log_s_image": stats.log_s_image, "log_s_text": stats.log_s_text}
-            new |= own.step(self, ids, taus, stats[4:6], stats[2:4])
-            values = gather(torch.stack([x.float() for x in new.values()], 1), ranks)
-            self.state.write(gather(ids, ranks), **dict(zip(new, values.T, strict=True)))
+            if own.has_step:
+                k, counted = torch.stack(stats[4:6]), torch.stack(stats[2:4])
+                new |= own.step(self, ids, taus, k, counted)
+            values = torch.stack(list(new.values()))
+            if ranks is not None:
+                ids, values = gather(ids, ranks), gather(values.T, ranks).T
+            self.state.write(new, ids, values, self.backend)
         if own.softmax:
             value = value / (2 * taus[0])
             # What is left to cross entropy, log n, has no gradient.
@@ -282,14 +294,11 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
             )
         else:
             check_integers(name, "ids", ids, image.shape[:1], image.device)
-            if ids.device.type == "cpu" and not torch.compiler.is_compiling():
-                outside = (ids < 0) | (ids >= self.num_samples)
-                if not own.softmax and outside.any():
-                    row = int(outside.nonzero()[0])
-                    raise IndexError(
-                        f"{name}: ids[{row}] must be in [0, {self.num_samples}), "
-                        f"got {int(ids[row])}"
-                    )
+            row = None if own.softmax else first_outside(ids, self.num_samples)
+            if row is not None:
+                raise IndexError(
+                    f"{name}: ids[{row}] must be in [0, {self.num_samples}), got {int(ids[row])}"
+                )
         for argument, value in others.items():
             if value is not None:
                 check_integers(name, argument, value, image.shape[:1], image.device)
@@ -373,8 +382,11 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
                 image.to(acc), text.to(acc), *taus, self.rho, self.gamma, state, ids, epoch,
                 return_k=True,
             )  # fmt: skip
-        if update:
-            self.state.write(ids, **METHODS[self.method].step(self, ids, taus, k, k))
+        own = METHODS[self.method]
+        if update and own.has_step:
+            k = torch.stack(k)
+            new = own.step(self, ids, taus, k, k)
+            self.state.write(new, ids, torch.stack(list(new.values())), self.backend)
         return value
 
     def extra_repr(self) -> str:

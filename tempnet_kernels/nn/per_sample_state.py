@@ -3,6 +3,9 @@
 import torch
 from torch import nn
 
+from tempnet_kernels.core import register
+from tempnet_kernels.ops import per_sample_state as _per_sample_state  # noqa: F401
+
 
 class PerSampleState(nn.Module):
     """Float32 tensors ``[num_samples]``: in the state dict, moved with the module, but no buffers,
@@ -20,17 +23,27 @@ class PerSampleState(nn.Module):
         for name, x in initial.items():
             setattr(self, name, torch.full((num_samples,), x, dtype=torch.float32))
 
-    def read(self, name, ids):
-        # Not by indexing, which takes a negative id for one from the end.
-        return getattr(self, name).index_select(0, ids)
+    def read(self, names, ids, backend="auto"):
+        """``[K, B]``: of the tensors of these names, the values at ``ids``; inf outside."""
+        return self._operator("read_samples", ids, backend)(self._tables(names), ids)
 
     @torch.no_grad()
-    def write(self, ids, **new):
-        """The new values at ``ids``; of equal ids the last one counts, on every device."""
-        ordered, order = torch.sort(ids, stable=True)
-        last = order[torch.searchsorted(ordered, ids, right=True) - 1]
-        for name, value in new.items():
-            getattr(self, name)[ids] = value[last].to(torch.float32)
+    def write(self, names, ids, values, backend="auto"):
+        """The new values ``[K, B]`` at ``ids``; of equal ids the last one counts, on every
+        device."""
+        if ids.device.type == "cpu":
+            order = ids.new_empty(0)
+        else:
+            ids, order = torch.sort(ids, stable=True)
+        write = self._operator("write_samples_", ids, backend)
+        write(self._tables(names), ids, order, values.to(torch.float32))
+
+    def _tables(self, names):
+        return [getattr(self, name) for name in names]
+
+    def _operator(self, name, ids, backend):
+        chosen = register.pick("RobustContrastiveLoss", name, backend, ids.device)
+        return register.operator(name, chosen)
 
     def fingerprint(self):
         """A number, 0-d on the device, that differs where states do; exact, so in whatever order it

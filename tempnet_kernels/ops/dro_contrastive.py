@@ -13,7 +13,6 @@ Qiu et al., "To Cool or not to Cool? Temperature Network Meets Large Foundation 
 ICML 2024.
 """
 
-import math
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -29,13 +28,12 @@ from tempnet_kernels.core.checks import (
     temperatures,
 )
 from tempnet_kernels.core.collectives import outside_graphs
-from tempnet_kernels.core.fields import AnchorParameters, AnchorState, accumulation_dtype
+from tempnet_kernels.core.fields import AnchorStatistics, accumulation_dtype
 from tempnet_kernels.core.pairs import Ranks, all_sum, gather, meet, merge, reduce_scatter
 from tempnet_kernels.core.register import Backend
-from tempnet_kernels.ops.anchors import anchors
+from tempnet_kernels.ops import contrastive_anchors as _contrastive_anchors  # noqa: F401
 from tempnet_kernels.ops.pair_arguments import (
     PairKeywords,
-    Pairs,
     check_features,
     checked_ids,
     columns_of_pairs,
@@ -213,9 +211,7 @@ def dro_contrastive(
     rho = radius(name, rho, "a temperature" if learning else None, "negatives")
     log_s_image = log_averages(name, "log_s_image", log_s_image, m, device, acc)
     log_s_text = log_averages(name, "log_s_text", log_s_text, m, device, acc)
-    columns, outside = columns_of_pairs(name, positive, m, n, device)
-    if outside is not None:
-        row_tau = torch.where(outside, math.nan, row_tau)
+    positive = columns_of_pairs(name, positive, m, n, device)
     image_ids = checked_ids(name, "image_ids", image_ids, n, device)
     text_ids = checked_ids(name, "text_ids", text_ids, n, device)
     ranks = None
@@ -233,26 +229,24 @@ def dro_contrastive(
     track = torch.is_grad_enabled() and (image.requires_grad or text.requires_grad)
     keep = track and m * all_n * acc.itemsize <= KEEP_BYTES
     args = (
-        image, text, row_tau, text_tau, log_s_image, log_s_text, columns, ids, mask,
+        image, text, row_tau, text_tau, log_s_image, log_s_text, positive, ids, mask,
         bool(include_positive), rho, float(gamma), keep, ranks, chosen,
     )  # fmt: skip
     if ranks is None:
-        value, *stats = apply(_DROContrastive, *args)
+        value, stats, *_ = apply(_DROContrastive, *args)
     else:
-        value, *stats = _apply_across_ranks(*args)
-    return (value, ContrastiveStats(*stats[:6])) if return_stats else value
+        value, stats, *_ = _apply_across_ranks(*args)
+    return (value, ContrastiveStats(*stats.unbind())) if return_stats else value
 
 
 _op = register.operator
-
-# An anchor without negatives, and a candidate that is no anchor: a weight 0 * 2^(z a). Not 0, whose
-# product with the -inf of a masked pair is NaN.
-_NO_ANCHOR = 1e-30
 
 
 class _Saved(NamedTuple):
     """What the backward needs beside the arguments and the statistics."""
 
+    positive: torch.Tensor  # (M,), the column of each row's pair among those of all ranks
+    pair: torch.Tensor  # (N,) int32, the row whose pair a column is, or -1
     rows: torch.Tensor  # (3, M), AnchorParameters
     columns: torch.Tensor  # (3, N)
     total: torch.Tensor  # (M,), of both anchors of each pair
@@ -262,7 +256,7 @@ class _Saved(NamedTuple):
 
 class _DROContrastive(torch.autograd.Function):
     """(image, text, tau_image [M], tau_text [M], ...) -> the value and, without a gradient,
-    :class:`ContrastiveStats` and :class:`_Saved`.
+    AnchorStatistics [6, M] and :class:`_Saved`.
 
     With ``ranks`` the rows are this rank's images and the columns the texts of all. Every rank has
     the states of its rows, exchanges those of the columns, and has the anchors of its own pairs,
@@ -274,135 +268,114 @@ class _DROContrastive(torch.autograd.Function):
         image, text, tau_image, tau_text, log_s_image, log_s_text, positive, ids, mask,
         include_positive, rho, gamma, keep, ranks, backend,
     ):  # fmt: skip
-        n = text.shape[0]
         candidates = gather(text, ranks)  # (N, D)
-        log2e = 1 / math.log(2)
-        row_a = log2e / tau_image  # (M,)
-        text_a = log2e / tau_text  # (M,)
-        column_a = text_a.new_full((n,), _NO_ANCHOR).scatter(0, positive, text_a)  # (N,)
-        pairs = Pairs(_among_all(positive, ranks), ids, mask, include_positive)
-        rows, columns, similarity = _op("dro_contrastive_stats", backend)(
-            image, candidates, row_a, gather(column_a, ranks), *pairs, keep
+        begin = 0 if ranks is None else ranks.begin
+        every_pair = not ids.numel() and not mask.numel()
+        row_a, column_a, rows, columns, place, pair = _op("anchor_states", backend)(
+            tau_image, tau_text, positive, text, candidates, begin, include_positive, every_pair
         )
-        s_positive = rows[AnchorState.POSITIVE]
-        by_image = anchors(rows[:4], s_positive, row_a, tau_image, log_s_image, gamma, rho)
-        of_texts = merge(columns[:4], ranks)[:, positive]
-        by_text = anchors(of_texts, s_positive, text_a, tau_text, log_s_text, gamma, rho)
-
-        value = all_sum((by_image.term + by_text.term).sum(), ranks) / _number(image, ranks)
-        of_rows = _parameters(by_image, row_a, rows[AnchorState.M])  # (3, M)
-        of_texts = _parameters(by_text, text_a, of_texts[AnchorState.M])  # (3, M)
-        of_columns = of_texts.new_zeros((3, n))
-        of_columns[AnchorParameters.A] = _NO_ANCHOR
-        of_columns = of_columns.index_copy(1, positive, of_texts)  # (3, n)
-        stats = ContrastiveStats(
-            by_image.log_s, by_text.log_s, by_image.kl, by_text.kl, by_image.k, by_text.k
-        )
-        saved = _Saved(
-            of_rows, gather(of_columns.T, ranks).T.contiguous(), by_image.total + by_text.total,
-            similarity, text.new_empty((0, 0)) if ranks is None else candidates,
+        similarity = _op("dro_contrastive_stats_", backend)(
+            rows, columns, image, candidates, row_a, gather(column_a, ranks), place, ids, mask,
+            include_positive, keep,
         )  # fmt: skip
-        return value.to(row_a.dtype), *stats, *saved
+        stats, term, total, of_rows, of_columns = _op("contrastive_anchors", backend)(
+            rows, merge(columns, ranks), row_a, column_a, tau_image, tau_text, place, pair,
+            log_s_image, log_s_text, begin, gamma, rho,
+        )  # fmt: skip
+        if ranks is None:
+            value, candidates = term.mean(), text.new_empty((0, 0))
+        else:
+            value = all_sum(term.sum(), ranks) / ranks.pairs
+            of_columns = gather(of_columns.T, ranks).T.contiguous()
+        saved = _Saved(place, pair, of_rows, of_columns, total, similarity, candidates)
+        return value, stats, *saved
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        image, text, _, _, _, _, positive, ids, mask, ctx.include_positive, *_ = inputs
+        image, text, _, _, _, _, _, ids, mask, ctx.include_positive, *_ = inputs
         *_, ctx.ranks, ctx.backend = inputs
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        stats, saved = ContrastiveStats(*output[1:7]), _Saved(*output[7:])
+        stats, saved = output[1], _Saved(*output[2:])
         if ctx.ranks is None:
             saved = saved._replace(candidates=text)
-        ctx.save_for_backward(image, positive, ids, mask, stats.k_image, stats.k_text, *saved)
+        ctx.save_for_backward(image, ids, mask, stats, *saved)
 
     @staticmethod
     @once_differentiable("dro_contrastive")
     def backward(ctx, grad_value, *_):
         if grad_value is None:
             return (None,) * 15
-        image, positive, ids, mask, k_image, k_text, *saved = ctx.saved_tensors
+        image, ids, mask, stats, *saved = ctx.saved_tensors
         saved = _Saved(*saved)
-        pairs = Pairs(_among_all(positive, ctx.ranks), ids, mask, ctx.include_positive)
         want = ctx.needs_input_grad
         # The gradient is that of the sum of the ranks' losses, which are equal. Of no pairs it is
         # 0, not NaN.
         scale = all_sum(grad_value, ctx.ranks) / max(1, _number(image, ctx.ranks))
-        grad_image = grad_text = None
+        grads = [None] * 15
         if want[0] or want[1]:
+            # The texts' is not rounded before it is summed over the ranks.
             grad_image, grad_text = _op("dro_contrastive_grad", ctx.backend)(
                 image, saved.candidates, saved.similarity, saved.rows, saved.columns, saved.total,
-                *pairs, want[0], want[1],
+                saved.positive, saved.pair, ids, mask, ctx.include_positive, scale,
+                ctx.ranks is not None, want[0], want[1],
             )  # fmt: skip
+            if want[0]:
+                grads[0] = grad_image
             if want[1]:
-                grad_text = reduce_scatter(grad_text, ctx.ranks)
-            # In the accumulation dtype: a gradient of 1/B may underflow in float16 before it.
-            grad_image, grad_text = (
-                g.mul_(scale).to(image.dtype) if w else None
-                for g, w in zip((grad_image, grad_text), want[:2], strict=True)
-            )
-        grad_tau_image = k_image * scale if want[2] else None
-        grad_tau_text = k_text * scale if want[3] else None
-        return (grad_image, grad_text, grad_tau_image, grad_tau_text) + (None,) * 11
+                grads[1] = reduce_scatter(grad_text, ctx.ranks).to(image.dtype)
+        if want[2] or want[3]:
+            k = stats[AnchorStatistics.K_IMAGE : AnchorStatistics.K_TEXT + 1] * scale
+            grads[2:4] = (x if w else None for x, w in zip(k, want[2:4], strict=True))
+        return tuple(grads)
 
 
 _apply_across_ranks = outside_graphs(_DROContrastive.apply)
-
-
-def _parameters(side, a, m):
-    """:class:`AnchorParameters` ``[3, M]``."""
-    return torch.stack(
-        [torch.where(side.live, a, _NO_ANCHOR), torch.where(side.live, m, 0), side.q]
-    )
-
-
-def _among_all(positive, ranks):
-    """The columns of this rank's positives among those of all ranks."""
-    return positive if ranks is None else positive + ranks.begin
 
 
 def _number(image, ranks):
     return image.shape[0] if ranks is None else ranks.pairs
 
 
-def _fake_stats(image, text, row_a, column_a, positive, ids, mask, include_positive, keep):
-    m, n = image.shape[0], text.shape[0]
-    shape = (m, n) if keep else (0, 0)
-    return (
-        row_a.new_empty((AnchorState.FIELDS, m)),
-        row_a.new_empty((AnchorState.FIELDS, n)),
-        row_a.new_empty(shape),
-    )
+def _fake_stats(
+    rows, columns, image, text, row_a, column_a, positive, ids, mask, include_positive, keep
+):
+    return row_a.new_empty((image.shape[0], text.shape[0]) if keep else (0, 0))
 
 
 def _fake_grad(
-    image, text, similarity, rows, columns, total, positive, ids, mask, include_positive,
-    want_image, want_text,
+    image, text, similarity, rows, columns, total, positive, pair, ids, mask, include_positive,
+    scale, wide_text, want_image, want_text,
 ):  # fmt: skip
+    of_text = rows.dtype if wide_text else text.dtype
     return (
-        rows.new_empty(image.shape if want_image else (0, 0)),
-        rows.new_empty(text.shape if want_text else (0, 0)),
+        image.new_empty(image.shape if want_image else (0, 0)),
+        text.new_empty(text.shape if want_text else (0, 0), dtype=of_text),
     )
 
 
-# The states of rows and columns of S = image text^T, which is returned where it is to be kept.
-# image [M, D], text [N, D]; row_a [M] and column_a [N] are log2(e) / tau in the accumulation dtype;
-# positive [M] int64, the column of each row's pair; ids [2, N] int32 or empty: two pairs that share
-# an id of either kind are not negatives of each other; mask [M, N] bool or empty: false where a
-# pair is no negative.
+# Adds the rows and columns of S = image text^T to their states, and returns S where it is to be
+# kept. image [M, D], text [N, D]; row_a [M] and column_a [N] are log2(e) / tau in the accumulation
+# dtype; positive [M] int64, the column of each row's pair; ids [2, N] int32 or empty: two pairs
+# that share an id of either kind are not negatives of each other; mask [M, N] bool or empty: false
+# where a pair is no negative. The states count the pairs that ids and mask leave.
 register.define(
-    "dro_contrastive_stats(Tensor image, Tensor text, Tensor row_a, Tensor column_a, "
-    "Tensor positive, Tensor ids, Tensor mask, bool include_positive, bool keep) "
-    "-> (Tensor, Tensor, Tensor)",
+    "dro_contrastive_stats_(Tensor(a!) rows, Tensor(b!) columns, Tensor image, Tensor text, "
+    "Tensor row_a, Tensor column_a, Tensor positive, Tensor ids, Tensor mask, "
+    "bool include_positive, bool keep) -> Tensor",
     _fake_stats,
     "dro_contrastive",
     chunked=True,
 )
-# (W text, W^T image) with W_ij = q_i 2^(S_ij a_i - m_i) + q_j 2^(S_ij a_j - m_j), less total_i at
-# the positive. rows and columns: [3, M] and [3, N] of (a, m, q); total [M].
+# (W text, W^T image) scale with W_ij = q_i 2^(S_ij a_i - m_i) + q_j 2^(S_ij a_j - m_j), less
+# total_i at the positive. rows and columns: [3, M] and [3, N] of (a, m, q); total [M]; pair [N]
+# int32, the row whose positive a column is, or -1. The second stays in the accumulation dtype with
+# wide_text.
 register.define(
     "dro_contrastive_grad(Tensor image, Tensor text, Tensor similarity, Tensor rows, "
-    "Tensor columns, Tensor total, Tensor positive, Tensor ids, Tensor mask, "
-    "bool include_positive, bool want_image, bool want_text) -> (Tensor, Tensor)",
+    "Tensor columns, Tensor total, Tensor positive, Tensor pair, Tensor ids, Tensor mask, "
+    "bool include_positive, Tensor scale, bool wide_text, bool want_image, bool want_text) "
+    "-> (Tensor, Tensor)",
     _fake_grad,
     "dro_contrastive",
     chunked=True,

@@ -1,12 +1,11 @@
 """The arguments of a loss of pairs, checked and as its operators take them."""
 
-import math
-from typing import NamedTuple, TypedDict
+from typing import TypedDict
 
 import torch
 import torch.distributed as dist
 
-from tempnet_kernels.core.checks import check_floats, check_integers, check_like
+from tempnet_kernels.core.checks import check_floats, check_integers, check_like, first_outside
 from tempnet_kernels.core.pairs import Ranks, gather
 from tempnet_kernels.core.register import Backend
 
@@ -27,15 +26,6 @@ class PairKeywords(TypedDict, total=False):
     backend: Backend
 
 
-class Pairs(NamedTuple):
-    """Who is whose negative."""
-
-    positive: torch.Tensor  # (M,) int64, the column of each row's pair
-    ids: torch.Tensor  # (2, N) int32 or (0, N); columns that share one are no negatives
-    mask: torch.Tensor  # (M, N) bool or (0, N): false where a pair is no negative
-    include_positive: bool
-
-
 def check_features(name, image, text):
     for argument, value in (("image", image), ("text", text)):
         check_floats(name, argument, value)
@@ -53,32 +43,28 @@ def check_features(name, image, text):
 
 
 def log_averages(name, argument, log_s, m, device, acc):
+    """``[M]``, or empty where every visit is a first one."""
     if log_s is None:
-        return torch.full((m,), math.nan, dtype=acc, device=device)
+        return torch.empty(0, dtype=acc, device=device)
     if not isinstance(log_s, torch.Tensor) or not log_s.dtype.is_floating_point:
         raise TypeError(f"{name}: {argument} must be a tensor of a floating-point dtype")
     check_like(name, argument, log_s, (m,), device)
-    return log_s.detach().to(acc)
+    return log_s.detach().to(acc).contiguous()
 
 
 def columns_of_pairs(name, positive, m, n, device):
-    """(the columns, in [0, N); where they were not, or None if that has been checked)"""
+    """``[M]`` int64, checked where that does not wait for a GPU; empty: column i for row i."""
     if positive is None:
-        return torch.arange(m, device=device), None
+        return torch.empty(0, dtype=torch.int64, device=device)
     check_integers(name, "positive", positive, (m,), device)
     positive = positive.long().contiguous()
-    outside = (positive < 0) | (positive >= n)
-    if device.type == "cpu" and not torch.compiler.is_compiling():
-        if outside.any():
-            row = int(outside.nonzero()[0])
-            raise IndexError(
-                f"{name}: positive[{row}] must be in [0, {n}), got {int(positive[row])}"
-            )
-        if positive.unique().numel() < m:
-            raise ValueError(f"{name}: positive must hold {m} different columns")
-        return positive, None
-    # Not read here, which would wait for the device: such a row is NaN.
-    return positive.clamp(0, n - 1), outside
+    row = first_outside(positive, n)
+    if row is not None:
+        raise IndexError(f"{name}: positive[{row}] must be in [0, {n}), got {int(positive[row])}")
+    readable = device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and positive.unique().numel() < m:
+        raise ValueError(f"{name}: positive must hold {m} different columns")
+    return positive
 
 
 def checked_ids(name, argument, ids, n, device):
@@ -90,17 +76,19 @@ def checked_ids(name, argument, ids, n, device):
 
 def ids_of_pairs(image_ids, text_ids, n, ranks, device):
     """[2, N] int32 ranks of the ids: equal where the ids are; empty where no two are equal."""
-    given, repeated = [], False
-    readable = device.type == "cpu" and not torch.compiler.is_compiling()  # without waiting for it
+    given = []
     for ids in (image_ids, None if text_ids is image_ids else text_ids):
         if ids is not None:
             ids = gather(ids, ranks)
-            ordered = ids.sort().values
-            repeated |= not readable or bool((ordered[1:] == ordered[:-1]).any())
-            given.append(torch.searchsorted(ordered, ids).int())
-    if not repeated:
+            given.append((ids, ids.sort().values))
+    # Read only where that does not wait for a GPU.
+    readable = device.type == "cpu" and not torch.compiler.is_compiling()
+    if readable and not any((ordered[1:] == ordered[:-1]).any() for _, ordered in given):
+        given = []
+    if not given:
         return torch.empty((0, n), dtype=torch.int32, device=device)
-    return torch.stack([given[0], given[-1]])
+    places = [torch.searchsorted(ordered, ids, out_int32=True) for ids, ordered in given]
+    return torch.stack([places[0], places[-1]])
 
 
 def pair_mask(name, mask, m, n, device):

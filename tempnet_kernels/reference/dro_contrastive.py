@@ -5,31 +5,33 @@ import math
 import torch
 
 
-def dro_contrastive_stats(
-    image, text, row_a, column_a, positive, ids, mask, include_positive, keep
+def dro_contrastive_stats_(
+    rows, columns, image, text, row_a, column_a, positive, ids, mask, include_positive, keep
 ):
     similarity = image.to(row_a.dtype) @ text.to(row_a.dtype).T  # (M, N)
     counts = _counts(similarity, positive, ids, mask, include_positive)
     s_positive = similarity.gather(1, positive[:, None])[:, 0]
-    rows = torch.stack([*_states(similarity, counts, row_a), s_positive])
-    columns = _states(similarity.T, counts.T, column_a)
-    columns = torch.stack([*columns, torch.full_like(column_a, math.nan)])
-    return rows, columns, similarity if keep else similarity.new_empty((0, 0))
+    rows.copy_(torch.stack([*_states(similarity, counts, row_a), s_positive]))
+    columns[:4] = torch.stack(_states(similarity.T, counts.T, column_a))
+    return similarity if keep else similarity.new_empty((0, 0))
 
 
 def dro_contrastive_grad(
-    image, text, similarity, rows, columns, total, positive, ids, mask, include_positive,
-    want_image, want_text,
+    image, text, similarity, rows, columns, total, positive, pair, ids, mask, include_positive,
+    scale, wide_text, want_image, want_text,
 ):  # fmt: skip
+    of_image, of_text = image.dtype, rows.dtype if wide_text else text.dtype
     image, text = image.to(rows.dtype), text.to(rows.dtype)
     if not similarity.numel():
         similarity = image @ text.T  # (M, N)
     counts = _counts(similarity, positive, ids, mask, include_positive)
     weights = _weights(similarity, rows) + _weights(similarity.T, columns).T
-    weights = torch.where(counts, weights, 0)
-    weights = weights.scatter_add(1, positive[:, None], -total[:, None])
+    weights = torch.where(counts, weights, 0) * scale
+    weights = weights.scatter_add(1, positive[:, None], -total[:, None] * scale)
     empty = rows.new_empty((0, 0))
-    return weights @ text if want_image else empty, weights.T @ image if want_text else empty
+    grad_image = weights @ text if want_image else empty
+    grad_text = weights.T @ image if want_text else empty
+    return grad_image.to(of_image), grad_text.to(of_text)
 
 
 def _counts(similarity, positive, ids, mask, include_positive):

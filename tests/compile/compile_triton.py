@@ -12,10 +12,12 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from tempnet_kernels.triton import contrastive_anchors as anchors
 from tempnet_kernels.triton import dro_contrastive as contrastive
 from tempnet_kernels.triton import dro_cross_entropy as token
 from tempnet_kernels.triton import linear_dro_cross_entropy as linear
 from tempnet_kernels.triton import optimal_temperature as temperature
+from tempnet_kernels.triton import per_sample_state as samples
 from tempnet_kernels.triton import temperature_head as head
 from tempnet_kernels.triton import tempered_softmax as softmax
 from tempnet_kernels.triton import token_rows
@@ -26,15 +28,20 @@ POINTERS = {
     "logits_ptr": "*{dtype}", "grad_ptr": "*{dtype}", "weights_ptr": "*{dtype}",
     "target_ptr": "*i64", "argmax_ptr": "*i64", "positive_ptr": "*i64", "ids_ptr": "*i32",
     "mask_ptr": "*i1", "iterations_ptr": "*i32", "key_ptr": "*i64", "row_ids_ptr": "*i64",
-    "out_ptr": "*{dtype}", "upstream_ptr": "*{dtype}",
+    "out_ptr": "*{dtype}", "upstream_ptr": "*{dtype}", "given_ptr": "*i64", "pair_ptr": "*i32",
+    "image_ptr": "*{dtype}", "text_ptr": "*{dtype}", "grad_image_ptr": "*{dtype}",
+    "grad_text_ptr": "*{dtype}", "order_ptr": "*i64",
 }  # the others: *fp32  # fmt: skip
 FLOATS = ("divisor", "rho", "log_v", "label_smoothing", "z_loss", "tau_min", "tau_max")
-FLOATS += ("tau_range", "scale", "kept", "uniform")
+FLOATS += ("tau_range", "scale", "kept", "uniform", "gamma", "log_gamma", "log_rest")
 WITHOUT_EXPONENTIALS = (
     token.scale_kernel, linear.moments_kernel, linear.normalize_kernel, head.dropout_grad_kernel,
     token_rows.scale_kernel, token_rows.sum_kernel,
 )  # fmt: skip
-ONES = ("target_stride", "tau_stride", "scale_stride", "rho_stride")
+ONES = (
+    "target_stride", "tau_stride", "scale_stride", "rho_stride", "tau_image_stride",
+    "tau_text_stride",
+)  # fmt: skip
 # Multiples of 16 where the launch is aligned.
 ALIGNED = (
     "v", "logits_stride", "grad_stride", "weights_stride", "stride", "width", "row_begin",
@@ -102,6 +109,23 @@ def contrastive_loss():
             weights = {**flags, **contrastive.WEIGHTS}
             for dtype in ("fp32", "bf16"):
                 yield begin, contrastive.weights_kernel, weights, num_warps, dtype, aligned
+
+
+def contrastive_anchors():
+    """Also the state per sample. They have no NaN to keep from a maximum, and few registers."""
+    end, shape = (anchors.NUM_WARPS, "fp32", True), "B"
+    for on in (False, True):
+        flags = {"GIVEN": on, "EVERY_PAIR": on, "EXCLUDED": int(on), "BLOCK": anchors.BLOCK}
+        yield shape, anchors.start_kernel, flags, *end
+        flags = {"COUNTED": on, "BLOCK": anchors.BLOCK}
+        yield shape, anchors.pair_columns_kernel, flags, *end
+        flags = {"HAS_IMAGE": on, "HAS_TEXT": on, "BLOCK": anchors.BLOCK}
+        yield shape, anchors.anchors_kernel, flags, *end
+        flags = {"HAS_UNIT": on, "FEATURES": anchors.FEATURES}
+        for dtype in ("fp32", "bf16", "fp16"):
+            yield shape, anchors.gradients_kernel, flags, anchors.NUM_WARPS, dtype, True
+    for kernel in (samples.read_kernel, samples.write_kernel):
+        yield shape, kernel, {"BLOCK": samples.BLOCK}, samples.NUM_WARPS, "fp32", True
 
 
 def linear_loss():
@@ -211,7 +235,8 @@ def main(architecture):
     target = GPUTarget("cuda", architecture, 32)
     report, seen = [], {}
     for op in (
-        token_loss, contrastive_loss, linear_loss, temperature_networks, tempered_softmax,
+        token_loss, contrastive_loss, contrastive_anchors, linear_loss, temperature_networks,
+        tempered_softmax,
         optimal_temperature, rows_of_tokens,
     ):  # fmt: skip
         for shape, kernel, constexprs, *rest in op():

@@ -10,10 +10,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from tempnet_kernels.triton import contrastive_anchors as anchors
 from tempnet_kernels.triton import dro_contrastive as contrastive
 from tempnet_kernels.triton import dro_cross_entropy as token
 from tempnet_kernels.triton import linear_dro_cross_entropy as linear
 from tempnet_kernels.triton import optimal_temperature as temperature
+from tempnet_kernels.triton import per_sample_state as samples
 from tempnet_kernels.triton import temperature_head as head
 from tempnet_kernels.triton import tempered_softmax as softmax
 from tempnet_kernels.triton import token_rows
@@ -103,6 +105,36 @@ def of_networks(n, k, first_row):
             head.temperature_head_bwd(grad_tau, rows, norms, *last, squash, 0.5, 2.0)
 
 
+def of_anchors(m, n, d, dtype, is_given, include_positive):
+    """Of one process, and of the second of two."""
+    tau, other_tau = empty().expand(m), empty(m, 3)[:, 0]
+    given = empty(m * is_given, dtype=torch.int64)
+    image, text = empty(m, d, dtype=dtype), empty(n, d, dtype=dtype)
+    log_s = empty(m * is_given)
+    for begin, every_pair in ((0, True), (n, False)):
+        candidates = empty(n + begin, d)
+        row_a, column_a, rows, columns, place, pair = anchors.anchor_states(
+            tau, other_tau, given, text, candidates, begin, include_positive, every_pair
+        )
+        anchors.contrastive_anchors(
+            rows, columns[:4, :n], row_a, column_a, tau, other_tau, place, pair, log_s, log_s,
+            begin, 0.8 if is_given else 1.0, 0.0,
+        )  # fmt: skip
+        text_sum = empty(n + begin, d)
+        of_text = text_sum if begin else empty(n, d, dtype=dtype)
+        anchors.pair_gradients_(
+            empty(m, d, dtype=dtype), of_text, empty(m, d), text_sum, image, candidates, empty(m),
+            place, pair, empty() if is_given else empty(0), empty(),
+        )  # fmt: skip
+
+
+def of_samples(b):
+    tables = [empty(1), empty(1)] if b == 1 else [empty(2**31 + 5), empty(2**31 + 5)]
+    ids = empty(2 * b, dtype=torch.int64)[::2]
+    values = samples.read_samples(tables, ids)
+    samples.write_samples_(tables, ids, empty(b, dtype=torch.int64), values.T.contiguous().T)
+
+
 driver.set_active(NoDevice())
 JITFunction.run = compile_only(JITFunction.run)
 for shape, dtype in zip(SHAPES, (torch.float32, torch.float16, torch.bfloat16), strict=True):
@@ -113,4 +145,8 @@ for n, k, first_row in ((1, 1, 1), (7, 33, 2**33), (4100, 256, 0), (0, 5, 0)):
     of_networks(n, k, first_row)
 for tile, ids, mask, include in product(TILES, *[(False, True)] * 3):
     of_similarities(*tile, ids, mask, include)
+for size, dtype in zip(((1, 1, 1), (7, 33, 130)), (torch.float32, torch.bfloat16), strict=True):
+    for is_given, include in product((False, True), repeat=2):
+        of_anchors(*size, dtype, is_given, include)
+    of_samples(size[0])
 print(len(compiled))

@@ -38,8 +38,10 @@ def test_no_kernel_spills(compiled):
     for kernel in compiled:
         print(f"{kernel['name']:60} {kernel['registers']:4} registers {kernel['spills']:4} spills")
     vocabularies = {f"V={v}" for v in (8192, 32000, 50304, 128256, 262144, 50257)}
-    assert vocabularies | {"VEC=4", "VEC=1", "K=256", "K=1000"} == {k["shape"] for k in compiled}
-    assert all(kernel["registers"] > 16 for kernel in compiled)
+    assert vocabularies | {"VEC=4", "VEC=1", "K=256", "K=1000", "B", "N"} == {
+        k["shape"] for k in compiled
+    }
+    assert all(kernel["registers"] > 16 for kernel in compiled if kernel["shape"] not in ("B", "N"))
     assert [kernel["name"] for kernel in compiled if kernel["spills"]] == []
 
 
@@ -54,7 +56,7 @@ def test_two_programs_of_the_contrastive_loss_fit_on_a_multiprocessor(compiled):
 def test_exponent_is_not_clamped_before_the_exponential(compiled):
     """min/max drop NaN on a GPU: none may stand between the logit's fma and its ex2."""
     for kernel in compiled:
-        assert kernel["exponentials"] > 0, kernel["name"]
+        assert kernel["exponentials"] > 0 or kernel["op"] == "contrastive_anchors", kernel["name"]
         assert kernel["clamped_exponentials"] == 0, kernel["name"]
 
 

@@ -5,10 +5,12 @@
 #include <limits>
 #include <vector>
 
+#include "cuda/contrastive_anchors.cuh"
 #include "cuda/dro_contrastive.cuh"
 #include "cuda/dro_cross_entropy_launch.cuh"
 #include "cuda/linear_dro_cross_entropy.cuh"
 #include "cuda/optimal_temperature.cuh"
+#include "cuda/per_sample_state.cuh"
 #include "cuda/temperature_head.cuh"
 #include "cuda/tempered_softmax.cuh"
 #include "cuda/token_rows.cuh"
@@ -140,6 +142,94 @@ void similarity_weights(const std::string& dtype, const py::dict& d) {
         contrastive::aligned_groups(p.tile, static_cast<const Z*>(p.weights), p.stride);
     contrastive::launch_weights<Z>(p, 0);
   });
+}
+
+void anchor_states(const py::dict& d) {
+  const StartParams<float> params{d["m"].cast<int64_t>(),
+                                  d["n"].cast<int64_t>(),
+                                  d["all"].cast<int64_t>(),
+                                  d["begin"].cast<int64_t>(),
+                                  pointer<float>(d, "tau_image"),
+                                  pointer<float>(d, "tau_text"),
+                                  d["tau_image_stride"].cast<int64_t>(),
+                                  d["tau_text_stride"].cast<int64_t>(),
+                                  pointer<int64_t>(d, "given"),
+                                  d["include_positive"].cast<bool>(),
+                                  d["every_pair"].cast<bool>(),
+                                  pointer<float>(d, "row_a"),
+                                  pointer<float>(d, "column_a"),
+                                  pointer<float>(d, "rows"),
+                                  pointer<float>(d, "columns"),
+                                  pointer<int64_t>(d, "place"),
+                                  pointer<int32_t>(d, "pair")};
+  contrastive::launch_start(params, 0);
+}
+
+void contrastive_anchors(const py::dict& d) {
+  const AnchorParams<float> params{
+      d["m"].cast<int64_t>(),
+      d["n"].cast<int64_t>(),
+      d["begin"].cast<int64_t>(),
+      pointer<float>(d, "rows"),
+      pointer<float>(d, "columns"),
+      pointer<float>(d, "row_a"),
+      pointer<float>(d, "column_a"),
+      pointer<float>(d, "tau_image"),
+      pointer<float>(d, "tau_text"),
+      d["tau_image_stride"].cast<int64_t>(),
+      d["tau_text_stride"].cast<int64_t>(),
+      pointer<int64_t>(d, "positive"),
+      pointer<int32_t>(d, "pair"),
+      pointer<float>(d, "log_s_image"),
+      pointer<float>(d, "log_s_text"),
+      AnchorOptions(d["gamma"].cast<double>(), d["rho"].cast<double>()),
+      pointer<float>(d, "stats"),
+      pointer<float>(d, "term"),
+      pointer<float>(d, "total"),
+      pointer<float>(d, "row_parameters"),
+      pointer<float>(d, "column_parameters")};
+  contrastive::launch_anchors(params, 0);
+}
+
+void pair_gradients(const std::string& dtype, const py::dict& d, bool wide_text) {
+  const auto side = [&](const char* rows, const char* grad, const char* sum, const char* others) {
+    return contrastive::GradientSide{d[rows].cast<int64_t>(), pointer<void>(d, grad),
+                                     pointer<float>(d, sum), pointer<void>(d, others)};
+  };
+  const contrastive::GradientParams params{side("images", "grad_image", "image_sum", "text"),
+                                           side("texts", "grad_text", "text_sum", "image"),
+                                           d["d"].cast<int64_t>(),
+                                           pointer<float>(d, "total"),
+                                           pointer<int64_t>(d, "positive"),
+                                           pointer<int32_t>(d, "pair"),
+                                           pointer<float>(d, "unit"),
+                                           pointer<float>(d, "scale")};
+  for_dtype(dtype, [&](auto zero) {
+    using F = decltype(zero);
+    if (wide_text) {
+      contrastive::launch_gradients<F, float>(params, 0);
+    } else {
+      contrastive::launch_gradients<F, F>(params, 0);
+    }
+  });
+}
+
+void samples_at(const std::vector<std::pair<uintptr_t, int64_t>>& tables, const py::dict& d,
+                bool write) {
+  samples::Params params{};
+  params.count = int(tables.size());
+  for (int t = 0; t < params.count; ++t) {
+    params.tables[t] = reinterpret_cast<float*>(tables[t].first);
+    params.sizes[t] = tables[t].second;
+  }
+  params.b = d["b"].cast<int64_t>();
+  params.ids = pointer<int64_t>(d, "ids");
+  params.order = pointer<int64_t>(d, "order");
+  params.values = pointer<float>(d, "values");
+  params.id_stride = d["id_stride"].cast<int64_t>();
+  params.table_stride = d["table_stride"].cast<int64_t>();
+  params.value_stride = d["value_stride"].cast<int64_t>();
+  samples::launch_samples(params, write, 0);
 }
 
 // The plan of the launch, which ``wanted`` overrides.
@@ -317,6 +407,10 @@ PYBIND11_MODULE(cuda_emulator, module) {
   module.def("tempered_softmax", &tempered_softmax);
   module.def("similarity_stats", &similarity_stats);
   module.def("similarity_weights", &similarity_weights);
+  module.def("anchor_states", &anchor_states);
+  module.def("contrastive_anchors", &contrastive_anchors);
+  module.def("pair_gradients", &pair_gradients);
+  module.def("samples_at", &samples_at);
   module.def("optimal_temperature", &optimal_temperature);
   module.def("reverse_blocks", &faults::reverse_blocks);
   module.def("divergent_barrier", &faults::divergent_barrier);

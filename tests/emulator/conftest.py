@@ -16,7 +16,7 @@ def use(module, request, monkeypatch):
 
     def install(order="forward", **plan):
         module.set_order(order, 1)
-        return emulated.install(monkeypatch, request.module.OP, **plan)
+        return emulated.install(request, monkeypatch, request.module.OP, **plan)
 
     yield install
     module.set_order("forward", 0)

@@ -14,7 +14,7 @@ def backend(request, monkeypatch, device):
     CUDA kernels in the emulator. Where there is a GPU, tensors are made there."""
     name = request.param
     if name == "emulated":
-        emulated.install(monkeypatch, request.path.parent.name)
+        emulated.install(request, monkeypatch, request.path.parent.name)
         name = "native"
     with contextlib.nullcontext() if device == "cpu" else torch.device(device):
         yield name

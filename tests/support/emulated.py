@@ -311,13 +311,67 @@ class SoftmaxOperators:
 
 
 class ContrastiveOperators:
-    """Stands for the operators on a tile of similarities, as ``Operators`` does."""
+    """Stands for the operators on a tile of similarities and on the anchors, as ``Operators``
+    does."""
+
+    # What no operator of the package encloses: torch.compile takes an operator only.
+    registered = ("anchor_states", "contrastive_anchors", "pair_gradients_")
 
     def __init__(self, module, multiprocessors=132):
         self.module, self.multiprocessors = module, multiprocessors
 
     def __call__(self, name, backend):
         return getattr(self, name)
+
+    def anchor_states(
+        self, tau_image, tau_text, positive, text, candidates, begin, include_positive, every_pair
+    ):
+        m, n, columns = tau_image.shape[0], text.shape[0], candidates.shape[0]
+        sizes = {"row_a": (m,), "column_a": (n,), "rows": (5, m), "columns": (5, columns)}
+        results = {name: torch.full(size, torch.nan) for name, size in sizes.items()}
+        results["place"] = torch.full((m,), -7)
+        results["pair"] = torch.full((columns,), -7, dtype=torch.int32)
+        self.module.anchor_states(
+            _addresses(results)
+            | _addresses({"given": positive})
+            | _strided({"tau_image": tau_image, "tau_text": tau_text})
+            | {"m": m, "n": n, "all": columns, "begin": begin}
+            | {"include_positive": include_positive, "every_pair": every_pair}
+        )
+        return tuple(results.values())
+
+    def contrastive_anchors(
+        self, rows, columns, row_a, column_a, tau_image, tau_text, positive, pair, log_s_image,
+        log_s_text, begin, gamma, rho,
+    ):  # fmt: skip
+        m, n = row_a.shape[0], column_a.shape[0]
+        sizes = {"stats": (6, m), "term": (m,), "total": (m,)}
+        sizes |= {"row_parameters": (3, m), "column_parameters": (3, n)}
+        results = {name: torch.full(size, torch.nan) for name, size in sizes.items()}
+        given = {
+            "rows": rows, "columns": columns, "row_a": row_a, "column_a": column_a,
+            "positive": positive, "pair": pair, "log_s_image": log_s_image,
+            "log_s_text": log_s_text,
+        }  # fmt: skip
+        self.module.contrastive_anchors(
+            _addresses(results | given)
+            | _strided({"tau_image": tau_image, "tau_text": tau_text})
+            | {"m": m, "n": n, "begin": begin, "gamma": gamma, "rho": rho}
+        )
+        return tuple(results.values())
+
+    def pair_gradients_(
+        self, grad_image, grad_text, image_sum, text_sum, image, text, total, positive, pair, unit,
+        scale,
+    ):  # fmt: skip
+        tensors = {
+            "grad_image": grad_image, "grad_text": grad_text, "image_sum": image_sum,
+            "text_sum": text_sum, "image": image, "text": text, "total": total,
+            "positive": positive, "pair": pair, "unit": unit, "scale": scale,
+        }  # fmt: skip
+        sizes = {"images": grad_image.shape[0], "texts": grad_text.shape[0], "d": image.shape[1]}
+        wide_text = grad_text.dtype != image.dtype
+        self.module.pair_gradients(_name(image), _addresses(tensors) | sizes, wide_text)
 
     def _tile(self, rows, columns, similarity, positive, ids, mask, include_positive, begin):
         assert similarity.dtype == torch.float32
@@ -371,6 +425,32 @@ class TemperatureOperators:
         return tau, kl, iterations
 
 
+class SampleOperators:
+    """The operators of the state per sample."""
+
+    registered = ("read_samples", "write_samples_")
+
+    def __init__(self, module):
+        self.module = module
+
+    def _run(self, tables, ids, order, values, write):
+        strides = {"table_stride": values.stride(0), "value_stride": values.stride(1)}
+        self.module.samples_at(
+            [(table.data_ptr(), table.shape[0]) for table in tables],
+            _addresses({"ids": ids, "order": order, "values": values})
+            | {"b": ids.shape[0], "id_stride": ids.stride(0), **strides},
+            write,
+        )
+
+    def read_samples(self, tables, ids):
+        values = torch.full((len(tables), ids.shape[0]), torch.nan)
+        self._run(tables, ids, ids, values, False)
+        return values
+
+    def write_samples_(self, tables, ids, order, values):
+        self._run(tables, *((ids, order) if order.numel() else ids.sort(stable=True)), values, True)
+
+
 # {op: (what stands for its operators, the modules that call them)}
 OPERATORS = {
     "dro_cross_entropy": (Operators, "ops.dro_cross_entropy", "ops.overwrite", "ops.token_rows"),
@@ -380,22 +460,38 @@ OPERATORS = {
     "dro_contrastive": (ContrastiveOperators, "chunked.dro_contrastive"),
     "token_rows": (Operators, "ops.token_rows"),
     "temperature_head": (HeadOperators, "core.tempnet", "ops.temperature_head"),
+    "contrastive_anchors": (ContrastiveOperators,),
+    "per_sample_state": (SampleOperators,),
     "tempered_softmax": (SoftmaxOperators, "ops.tempered_softmax"),
     "optimal_temperature": (TemperatureOperators, "ops.optimal_temperature"),
 }  # fmt: skip
 
 
-def install(monkeypatch, op, **plan):
+def install(request, monkeypatch, op, **plan):
     """Let the backends of ``op`` be its CUDA kernels in the emulator."""
     kind, *callers = OPERATORS[op]
     operators = kind(load(), **plan)
     for caller in callers:
         monkeypatch.setattr(f"tempnet_kernels.{caller}._op", operators)
+    if hasattr(operators, "registered"):
+        library = torch.library.Library("tempnet", "IMPL")
+        request.addfinalizer(library._destroy)
+        for name in operators.registered:
+            function = getattr(operators, name)
+            library.impl(f"{name}.native", function, "CPU", allow_override=True)
     return operators
 
 
 def _address(tensor):
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _addresses(tensors):
+    return {name: x.data_ptr() if x.numel() else 0 for name, x in tensors.items()}
+
+
+def _strided(rows):
+    return _addresses(rows) | {f"{name}_stride": x.stride(0) for name, x in rows.items()}
 
 
 def _name(tensor):

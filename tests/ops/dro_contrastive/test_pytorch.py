@@ -9,37 +9,61 @@ from tempnet_kernels import dro_contrastive
 from tempnet_kernels.core import register
 
 
+def check_op(name, backend, *arguments):
+    # Its other tests are of autograd, which these have not.
+    torch.library.opcheck(
+        getattr(getattr(torch.ops.tempnet, name), backend), arguments,
+        test_utils=("test_schema", "test_faketensor"),
+    )  # fmt: skip
+
+
 def test_opcheck(backend):
     image, text, tau_image, tau_text = make(9)
-    op = getattr(torch.ops.tempnet.dro_contrastive_stats, backend)
-    positive = torch.arange(9)
+    positive, pair = torch.arange(9), torch.arange(9, dtype=torch.int32)
     ids = torch.empty((0, 9), dtype=torch.int32)
     mask = torch.empty((0, 9), dtype=torch.bool)
-    # opcheck compares with ==, which the NaN of a column's positive fails: not autograd's business.
-    tests = ("test_schema", "test_faketensor")
-    arguments = (image, text, 1 / tau_image, 1 / tau_text, positive, ids, mask, True, True)
-    torch.library.opcheck(op, arguments, test_utils=tests)
-    rows, columns = torch.rand(2, 3, 9)
+    states, parameters = torch.rand(2, 5, 9), torch.rand(2, 3, 9)
     options = (positive, ids, mask, True)
-    for want in ((True, True), (True, False), (False, True)):
-        torch.library.opcheck(
-            getattr(torch.ops.tempnet.dro_contrastive_grad, backend),
-            (image, text, image.new_empty((0, 0)), rows, columns, rows[0], *options, *want),
-            test_utils=tests,
-        )
+    check_op(
+        "dro_contrastive_stats_", backend, *states, image, text, 1 / tau_image, 1 / tau_text,
+        *options, True,
+    )  # fmt: skip
+    scale = torch.tensor(0.5)
+    for wide in (False, True):
+        for want in ((True, True), (True, False), (False, True)):
+            check_op(
+                "dro_contrastive_grad", backend, image, text, image.new_empty((0, 0)), *parameters,
+                states[0, 0], positive, pair, *options[1:], scale, wide, *want,
+            )  # fmt: skip
     if backend != "reference":
         similarity = image @ text.T
-        states = torch.rand(2, 5, 9)
-        stats = getattr(torch.ops.tempnet.similarity_stats_, backend)
-        torch.library.opcheck(
-            stats, (*states, similarity, 0, 0, 1 / tau_image, 1 / tau_text, *options),
-            test_utils=tests,
+        check_op(
+            "similarity_stats_", backend, *states, similarity, 0, 0, 1 / tau_image, 1 / tau_text,
+            *options,
         )  # fmt: skip
-        weights = getattr(torch.ops.tempnet.similarity_weights_, backend)
-        torch.library.opcheck(
-            weights, (similarity.clone(), similarity, 0, 0, rows, columns, *options),
-            test_utils=tests,
+        check_op(
+            "similarity_weights_", backend, similarity.clone(), similarity, 0, 0, *parameters,
+            *options,
         )  # fmt: skip
+
+
+def test_opcheck_of_the_anchors(backend):
+    image, text, *taus = make(9, n=11)
+    empty = torch.empty(0)
+    for positive in (torch.empty(0, dtype=torch.int64), torch.randperm(11)[:9]):
+        check_op("anchor_states", backend, *taus, positive, text, text, 0, False, True)
+    op = getattr(torch.ops.tempnet.anchor_states, backend)
+    row_a, column_a, rows, columns, *places = op(*taus, positive, text, text, 0, False, True)
+    for log_s in (empty, torch.rand(9)):
+        check_op(
+            "contrastive_anchors", backend, torch.rand_like(rows), torch.rand_like(columns), row_a,
+            column_a, *taus, *places, log_s, log_s, 0, 0.8, 1.0,
+        )  # fmt: skip
+    sums, total, scale = (torch.rand_like(image), torch.rand_like(text)), taus[0], torch.ones(())
+    check_op(
+        "pair_gradients_", backend, *(x.clone() for x in sums), *sums, image, text, total, *places,
+        empty, scale,
+    )  # fmt: skip
 
 
 def test_compiles_without_a_graph_break(backend, monkeypatch):
