@@ -16,6 +16,10 @@ MOST = {
     "linear_dro_cross_entropy, 8 chunks": 12 + 5 * CHUNKS,
     "linear_dro_cross_entropy, TempNet": 28 + 14,
     "linear_dro_cross_entropy, TempNet, 8 chunks": 28 + 14 * CHUNKS,
+    "dro_contrastive": 16 + 5,  # one tile in two passes has 13
+    "ContrastiveTempNet": 18,
+    "RobustContrastiveLoss, sogclr": 30,
+    "RobustContrastiveLoss, tempnet": 70,
     "TempNet": 18,
     "TempNetCrossEntropyLoss": 24,
     "TempNetCausalLMLoss": 25,
