@@ -13,7 +13,7 @@ namespace tempnet {
 namespace {
 
 using namespace device;
-using namespace device::contrastive;
+using namespace device::anchors;
 using torch::headeronly::ScalarType;
 using torch::stable::new_empty;
 using torch::stable::Tensor;

@@ -8,7 +8,7 @@
 
 namespace tempnet {
 namespace device {
-namespace contrastive {
+namespace anchors {
 
 constexpr int kAnchorThreads = 128;
 
@@ -102,6 +102,6 @@ void launch_gradients(const GradientParams& params, Stream stream) {
   launch(gradients_kernel<F, Z>, dim3(unsigned(rows)), threads, 1, 0, stream, params);
 }
 
-}  // namespace contrastive
+}  // namespace anchors
 }  // namespace device
 }  // namespace tempnet

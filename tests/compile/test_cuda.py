@@ -43,7 +43,7 @@ def token_loss(compiled):
 def compiled():
     """{(source, architecture): kernels, of :func:`cuda_build.kernels`}"""
     found = cuda_build.kernels()
-    assert len(found) == 6 * len(ARCHITECTURES)
+    assert len(found) == 9 * len(ARCHITECTURES)
     for (_, architecture), kernels in found.items():
         for kernel, arguments, registers, spilled in kernels:
             print(f"sm_{architecture} {kernel} {arguments} {registers} registers {spilled} spilled")
@@ -99,6 +99,17 @@ def test_contrastive_kernels_do_not_spill(compiled, architecture):
     for kernel, arguments, registers, spilled in kernels:
         # 256 threads x 128 registers: two CTAs fit on a multiprocessor.
         assert (registers <= 128, spilled) == (True, 0), (kernel, arguments, registers)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_of_the_anchors_and_of_their_state_do_not_spill(compiled, architecture):
+    # start, pair_columns, anchors; gradients: of 3 types, and of 2 with one side in fp32.
+    # Samples: read, write.
+    for source, number in (("contrastive_anchors", 3 + 5), ("per_sample_state", 2)):
+        kernels = compiled[source, architecture]
+        assert len({(kernel, arguments) for kernel, arguments, *_ in kernels}) == number
+        for kernel, arguments, registers, spilled in kernels:
+            assert (registers <= 64, spilled) == (True, 0), (kernel, arguments, registers)
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)

@@ -162,7 +162,7 @@ void anchor_states(const py::dict& d) {
                                   pointer<float>(d, "columns"),
                                   pointer<int64_t>(d, "place"),
                                   pointer<int32_t>(d, "pair")};
-  contrastive::launch_start(params, 0);
+  anchors::launch_start(params, 0);
 }
 
 void contrastive_anchors(const py::dict& d) {
@@ -188,28 +188,28 @@ void contrastive_anchors(const py::dict& d) {
       pointer<float>(d, "total"),
       pointer<float>(d, "row_parameters"),
       pointer<float>(d, "column_parameters")};
-  contrastive::launch_anchors(params, 0);
+  anchors::launch_anchors(params, 0);
 }
 
 void pair_gradients(const std::string& dtype, const py::dict& d, bool wide_text) {
   const auto side = [&](const char* rows, const char* grad, const char* sum, const char* others) {
-    return contrastive::GradientSide{d[rows].cast<int64_t>(), pointer<void>(d, grad),
-                                     pointer<float>(d, sum), pointer<void>(d, others)};
+    return anchors::GradientSide{d[rows].cast<int64_t>(), pointer<void>(d, grad),
+                                 pointer<float>(d, sum), pointer<void>(d, others)};
   };
-  const contrastive::GradientParams params{side("images", "grad_image", "image_sum", "text"),
-                                           side("texts", "grad_text", "text_sum", "image"),
-                                           d["d"].cast<int64_t>(),
-                                           pointer<float>(d, "total"),
-                                           pointer<int64_t>(d, "positive"),
-                                           pointer<int32_t>(d, "pair"),
-                                           pointer<float>(d, "unit"),
-                                           pointer<float>(d, "scale")};
+  const anchors::GradientParams params{side("images", "grad_image", "image_sum", "text"),
+                                       side("texts", "grad_text", "text_sum", "image"),
+                                       d["d"].cast<int64_t>(),
+                                       pointer<float>(d, "total"),
+                                       pointer<int64_t>(d, "positive"),
+                                       pointer<int32_t>(d, "pair"),
+                                       pointer<float>(d, "unit"),
+                                       pointer<float>(d, "scale")};
   for_dtype(dtype, [&](auto zero) {
     using F = decltype(zero);
     if (wide_text) {
-      contrastive::launch_gradients<F, float>(params, 0);
+      anchors::launch_gradients<F, float>(params, 0);
     } else {
-      contrastive::launch_gradients<F, F>(params, 0);
+      anchors::launch_gradients<F, F>(params, 0);
     }
   });
 }

@@ -18,7 +18,7 @@ from tempnet_kernels import (
 )
 from tempnet_kernels.chunked import dro_contrastive as tiles
 from tempnet_kernels.core import register
-from tempnet_kernels.nn import TempNet
+from tempnet_kernels.nn import RobustContrastiveLoss, TempNet
 
 
 def token(wide, target, tau, v, first, **options):
@@ -81,6 +81,16 @@ def contrastive(dtype):
         )
 
 
+def robust_contrastive(dtype):
+    """The state per sample, with equal ids."""
+    ids = torch.randint(300, (200,), device="cuda")
+    for method in ("sogclr", "isogclr"):
+        loss = RobustContrastiveLoss(300, rho=1.0, method=method, backend="native").to("cuda")
+        image, text = torch.randn(2, 200, 24, device="cuda").to(dtype).requires_grad_()
+        for _ in range(2):
+            loss(image, text, ids).backward()
+
+
 def linear(dtype):
     for v, center in ((33, None), (4100, "max")):
         hidden = torch.randn(70, 24, device="cuda").to(dtype).requires_grad_()
@@ -113,6 +123,7 @@ def main():
             softmax(logits, tau)
             optimal_temperature(logits, 0.5, 0.1, 9, backend="native")
         contrastive(dtype)
+        robust_contrastive(dtype)
         linear(dtype)
         torch.cuda.synchronize()
         print(dtype, "done")

@@ -17,15 +17,19 @@ LIBRARY = BUILD / "lib" / "tempnet_kernels" / "lib" / "libtempnet_cuda.so"
 REPORT = BUILD / "ptxas.txt"
 # By the namespace below tempnet::device that the kernels of an op are in.
 SOURCES = {
+    "anchors": "contrastive_anchors",
     "contrastive": "dro_contrastive",
-    "linear": "linear_dro_cross_entropy",
-    "softmax": "tempered_softmax",
     "head": "temperature_head",
+    "linear": "linear_dro_cross_entropy",
+    "samples": "per_sample_state",
+    "softmax": "tempered_softmax",
+    "token_rows": "token_rows",
     None: "dro_cross_entropy",
 }
+NAMESPACES = "|".join(filter(None, SOURCES))
 KERNEL = re.compile(
-    r"Compiling entry function '\w*?device(?:\d+(contrastive|linear|softmax|head))?"
-    r"\d+(\w+?_kernel)(?:I(\w+?)v|E)NS\d_\d+\w*ParamsE' for 'sm_(\w+)'.*?"
+    rf"Compiling entry function '\w*?device(?:\d+({NAMESPACES}))?"
+    r"\d+(\w+?_kernel)(?:I(\w+?)v|E)NS\d?_\d+\w*Params(?:IfE)?E' for 'sm_(\w+)'.*?"
     r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers",
     re.S,
 )
