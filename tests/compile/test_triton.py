@@ -38,8 +38,10 @@ def test_no_kernel_spills(compiled):
     for kernel in compiled:
         print(f"{kernel['name']:60} {kernel['registers']:4} registers {kernel['spills']:4} spills")
     vocabularies = {f"V={v}" for v in (8192, 32000, 50304, 128256, 262144, 50257)}
-    assert vocabularies | {"VEC=4", "VEC=1", "K=256", "K=1000"} == {k["shape"] for k in compiled}
-    assert all(kernel["registers"] > 16 for kernel in compiled)
+    assert vocabularies | {"VEC=4", "VEC=1", "K=256", "K=1000", "N"} == {
+        k["shape"] for k in compiled
+    }
+    assert all(kernel["registers"] > 16 for kernel in compiled if kernel["shape"] != "N")
     assert [kernel["name"] for kernel in compiled if kernel["spills"]] == []
 
 
