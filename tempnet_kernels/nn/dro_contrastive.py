@@ -186,9 +186,11 @@ class RobustContrastiveLoss(SharesGroup, nn.Module):
         Args:
             image, text: ``[B, D]`` features, normalised.
             ids: ``[B]`` integers in [0, num_samples), the pairs' places in the training set,
-                checked in CPU tensors in eager mode. Pairs with the same id are not negatives of
-                each other; the last one's state is kept. clip does without; so do sogclr and
-                tempnet in eval mode, where it is a first visit of all: held-out pairs.
+                checked in CPU tensors in eager mode; elsewhere one outside is read as an infinite
+                average, which the loss shows at gamma < 1, and not written. Pairs with the same id
+                are not negatives of each other; the last one's state is kept. clip does without; so
+                do sogclr and tempnet in eval mode, where it is a first visit of all: held-out
+                pairs.
             image_ids, text_ids: ``[B]`` ids of the images and of the texts where several pairs
                 share one (captions of one image); default ids.
             negative_mask: ``[B, B]`` bool, False where a pair is known not to be a negative; with
