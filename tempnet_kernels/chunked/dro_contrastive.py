@@ -111,16 +111,9 @@ def _sum_weighted(backend, image_sum, text_sum, image, text, similarity, rows, c
             tile = multiply(image[r], text[c].T, _view(tile_buffer, r, c))
         make_weights(weights, tile, r.start, c.start, rows, columns, *pairs)
         if image_sum is not None:
-            _add(image_sum[r], weights, text[c], is_first=c.start == 0)
+            add_product(image_sum[r], weights, text[c], fresh=c.start == 0)
         if text_sum is not None:
-            _add(text_sum[c], weights.T, image[r], is_first=r.start == 0)
-
-
-def _add(out, a, b, is_first):
-    if is_first:
-        multiply(a, b, out)
-    else:
-        add_product(out, a, b)
+            add_product(text_sum[c], weights.T, image[r], fresh=r.start == 0)
 
 
 def _buffer(like, dtype, tiles):
