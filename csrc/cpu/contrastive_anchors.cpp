@@ -6,25 +6,16 @@
 
 #include <tuple>
 
+#include "../tensors.h"
 #include "row_reduce.h"
 
 namespace tempnet {
 namespace {
 
 using torch::headeronly::ScalarType;
-using torch::stable::new_empty;
 using torch::stable::Tensor;
 
 constexpr const char* kName = "dro_contrastive";
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return tensor.numel() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
-}
-template <class T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
 
 // f(zero of the accumulation type)
 template <class F>
@@ -43,11 +34,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_states(
     Tensor tau_image, Tensor tau_text, Tensor positive, Tensor text, Tensor candidates,
     int64_t begin, bool include_positive, bool every_pair) {
   const int64_t m = tau_image.size(0), n = text.size(0), all = candidates.size(0);
-  Tensor row_a = new_empty(tau_image, {m}), column_a = new_empty(tau_image, {n});
-  Tensor rows = new_empty(tau_image, {kStateFields, m});
-  Tensor columns = new_empty(tau_image, {kStateFields, all});
-  Tensor place = new_empty(tau_image, {m}, ScalarType::Long);
-  Tensor pair = new_empty(tau_image, {all}, ScalarType::Int);
+  Tensor row_a = allocate(tau_image, {m}), column_a = allocate(tau_image, {n});
+  Tensor rows = allocate(tau_image, {kStateFields, m});
+  Tensor columns = allocate(tau_image, {kStateFields, all});
+  Tensor place = allocate(tau_image, {m}, ScalarType::Long);
+  Tensor pair = allocate(tau_image, {all}, ScalarType::Int);
   for_accumulator("tau_image", tau_image, [&](auto zero) {
     using T = decltype(zero);
     const StartParams<T> params{m,
@@ -78,10 +69,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_anchors(
     Tensor positive, Tensor pair, Tensor log_s_image, Tensor log_s_text, int64_t begin,
     double gamma, double rho) {
   const int64_t m = row_a.size(0), n = column_a.size(0);
-  Tensor stats = new_empty(rows, {kAnchorFields, m});
-  Tensor term = new_empty(rows, {m}), total = new_empty(rows, {m});
-  Tensor row_parameters = new_empty(rows, {kWeightFields, m});
-  Tensor column_parameters = new_empty(rows, {kWeightFields, n});
+  Tensor stats = allocate(rows, {kAnchorFields, m});
+  Tensor term = allocate(rows, {m}), total = allocate(rows, {m});
+  Tensor row_parameters = allocate(rows, {kWeightFields, m});
+  Tensor column_parameters = allocate(rows, {kWeightFields, n});
   for_accumulator("rows", rows, [&](auto zero) {
     using T = decltype(zero);
     const AnchorParams<T> params{m,

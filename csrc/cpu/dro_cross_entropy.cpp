@@ -6,6 +6,8 @@
 
 #include <tuple>
 
+#include "../tensors.h"
+
 namespace tempnet {
 namespace {
 
@@ -65,9 +67,9 @@ RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& targe
                    const Tensor& tau, const Tensor& scale, double rho, int64_t ignore_index,
                    double label_smoothing, double z_loss, double softcap, bool want_argmax) {
   const int64_t n = logits.size(0);
-  Tensor loss = torch::stable::new_empty(tau, {n});
-  Tensor rows = torch::stable::new_empty(tau, {kRowFields, n});
-  Tensor argmax = torch::stable::new_empty(tau, {want_argmax ? n : 0}, ScalarType::Long);
+  Tensor loss = allocate(tau, {n});
+  Tensor rows = allocate(tau, {kRowFields, n});
+  Tensor argmax = allocate(tau, {want_argmax ? n : 0}, ScalarType::Long);
   for_dtype(kName, "logits", logits, [&](auto types) {
     using Z = typename decltype(types)::Storage;
     using T = typename decltype(types)::Accumulator;
@@ -93,7 +95,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dro_cross_entropy_fwd(
     Tensor logits, Tensor target, Tensor tau, Tensor scale, double rho, int64_t ignore_index,
     double label_smoothing, double z_loss, double softcap, bool want_grad, bool want_argmax) {
   const int64_t grad_rows = want_grad ? logits.size(0) : 0;
-  Tensor grad = torch::stable::new_empty(logits, {grad_rows, logits.size(1)});
+  Tensor grad = allocate(logits, {grad_rows, logits.size(1)});
   auto [loss, rows, argmax] = forward(logits, want_grad ? &grad : nullptr, target, tau, scale, rho,
                                       ignore_index, label_smoothing, z_loss, softcap, want_argmax);
   return {grad, loss, rows, argmax};
@@ -111,8 +113,8 @@ std::tuple<Tensor, Tensor> dro_cross_entropy_stats(Tensor logits, Tensor target,
                                                    int64_t begin, int64_t vocab_size, bool,
                                                    bool want_argmax) {
   const int64_t n = logits.size(0);
-  Tensor parts = torch::stable::new_empty(tau, {kPartFields, n});
-  Tensor argmax = torch::stable::new_empty(tau, {want_argmax ? n : 0}, ScalarType::Long);
+  Tensor parts = allocate(tau, {kPartFields, n});
+  Tensor argmax = allocate(tau, {want_argmax ? n : 0}, ScalarType::Long);
   for_dtype(kName, "logits", logits, [&](auto types) {
     using Z = typename decltype(types)::Storage;
     using T = typename decltype(types)::Accumulator;
@@ -143,7 +145,7 @@ void backward(const Tensor& logits, const Tensor& grad, const Tensor& target, co
 Tensor dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows,
                              int64_t ignore_index, double label_smoothing, double z_loss,
                              double softcap, int64_t begin, int64_t vocab_size) {
-  Tensor grad = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
+  Tensor grad = allocate(logits, {logits.size(0), logits.size(1)});
   backward(logits, grad, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, softcap,
            begin, vocab_size);
   return grad;

@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 #include "../temperature_head.h"
+#include "../tensors.h"
 #include "row_reduce.h"
 
 namespace tempnet {
@@ -88,7 +89,7 @@ Tensor row_moments(Tensor logits, bool center, double softcap) {
     if (v > 1 && logits.stride(1) != 1) throw_bad_argument(name, "logits", "of column stride 1");
     const auto dtype = sizeof(T) == 8 ? torch::headeronly::ScalarType::Double
                                       : torch::headeronly::ScalarType::Float;
-    result = torch::stable::new_empty(logits, {5, n}, dtype);
+    result = allocate(logits, {5, n}, dtype);
     const Args<Z, T> args{n,
                           v,
                           static_cast<const Z*>(logits.const_data_ptr()),
@@ -137,7 +138,7 @@ Tensor normalized_rows(Tensor logits, Tensor shift, Tensor inverse, double softc
     using T = typename decltype(types)::Accumulator;
     const int64_t n = logits.size(0), v = logits.size(1);
     if (v > 1 && logits.stride(1) != 1) throw_bad_argument(name, "logits", "of column stride 1");
-    result = torch::stable::new_empty(logits, {n, v}, shift.scalar_type());
+    result = allocate(logits, {n, v}, shift.scalar_type());
     const NormalizeArgs<Z, T> args{n,
                                    v,
                                    static_cast<const Z*>(logits.const_data_ptr()),

@@ -8,6 +8,7 @@
 #include <tuple>
 
 #include "../temperature_search.h"
+#include "../tensors.h"
 #include "row_reduce.h"
 
 namespace tempnet {
@@ -117,9 +118,9 @@ std::tuple<Tensor, Tensor, Tensor> optimal_temperature(Tensor logits, Tensor rho
                                                        double tau_max) {
   const int64_t n = logits.size(0), v = logits.size(1);
   if (v > 1 && logits.stride(1) != 1) throw_bad_argument(kName, "logits", "of column stride 1");
-  Tensor tau = torch::stable::new_empty(rho, {n});
-  Tensor kl = torch::stable::new_empty(rho, {n});
-  Tensor iterations = torch::stable::new_empty(rho, {n}, ScalarType::Int);
+  Tensor tau = allocate(rho, {n});
+  Tensor kl = allocate(rho, {n});
+  Tensor iterations = allocate(rho, {n}, ScalarType::Int);
   for_dtype(kName, "logits", logits, [&](auto types) {
     using Z = typename decltype(types)::Storage;
     using T = typename decltype(types)::Accumulator;

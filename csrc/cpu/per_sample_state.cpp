@@ -6,6 +6,8 @@
 #include <limits>
 #include <vector>
 
+#include "../tensors.h"
+
 namespace tempnet {
 namespace {
 
@@ -13,7 +15,7 @@ using torch::stable::Tensor;
 
 Tensor read_samples(std::vector<Tensor> tables, Tensor ids) {
   const int64_t b = ids.size(0), stride = ids.stride(0);
-  Tensor values = torch::stable::new_empty(tables[0], {int64_t(tables.size()), b});
+  Tensor values = allocate(tables[0], {int64_t(tables.size()), b});
   float* to = static_cast<float*>(values.mutable_data_ptr());
   const int64_t* at = static_cast<const int64_t*>(ids.const_data_ptr());
   for (const Tensor& table : tables) {

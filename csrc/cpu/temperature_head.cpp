@@ -242,7 +242,7 @@ Tensor sigmoid_dropout(Tensor pre, Tensor bias, std::optional<Tensor> factor,
                        double probability) {
   pre = dense(pre), bias = dense(bias), factor = dense(factor);
   const int64_t n = pre.size(0), h = pre.size(1);
-  Tensor dropped = torch::stable::new_empty(pre, {n, h});
+  Tensor dropped = allocate(pre, {n, h});
   for_accumulator("sigmoid_dropout", "pre", pre, [&](auto zero) {
     using T = decltype(zero);
     const DropoutArgs<T> args{h,
@@ -266,8 +266,8 @@ std::tuple<Tensor, Tensor> sigmoid_dropout_bwd(Tensor grad, Tensor dropped,
   grad = dense(grad), dropped = dense(dropped), factor = dense(factor);
   const int64_t n = dropped.size(0), h = dropped.size(1);
   const int64_t blocks = row_blocks(n), rows = rows_of_block(n);
-  Tensor grad_pre = torch::stable::new_empty(dropped, {n, h});
-  Tensor sums = torch::stable::new_empty(dropped, {blocks, h});
+  Tensor grad_pre = allocate(dropped, {n, h});
+  Tensor sums = allocate(dropped, {blocks, h});
   for_accumulator("sigmoid_dropout_bwd", "dropped", dropped, [&](auto zero) {
     using T = decltype(zero);
     const DropoutGradArgs<T> args{n,
@@ -303,7 +303,7 @@ HeadArgs<T> head_args(const Tensor& h, const std::optional<Tensor>& norms, const
 Tensor temperature_head(Tensor h, std::optional<Tensor> norms, Tensor scaler, Tensor weight,
                         Tensor bias, bool squash, double tau_min, double tau_max) {
   h = dense(h), norms = dense(norms), weight = dense(weight);
-  Tensor tau = torch::stable::new_empty(h, {h.size(0)});
+  Tensor tau = allocate(h, {h.size(0)});
   for_accumulator("temperature_head", "h", h, [&](auto zero) {
     using T = decltype(zero);
     HeadArgs<T> args = head_args<T>(h, norms, scaler, weight, bias, tau_min, tau_max);
@@ -321,8 +321,8 @@ std::tuple<Tensor, Tensor> temperature_head_bwd(Tensor grad_tau, Tensor h,
   h = dense(h), norms = dense(norms), weight = dense(weight);
   const int64_t n = h.size(0), k = h.size(1), blocks = row_blocks(n);
   const int64_t width = along_sums(k) + (norms ? k : 0);
-  Tensor grad_h = torch::stable::new_empty(h, {n, k});
-  Tensor sums = torch::stable::new_empty(h, {blocks, width});
+  Tensor grad_h = allocate(h, {n, k});
+  Tensor sums = allocate(h, {blocks, width});
   for_accumulator("temperature_head_bwd", "h", h, [&](auto zero) {
     using T = decltype(zero);
     HeadArgs<T> args = head_args<T>(h, norms, scaler, weight, bias, tau_min, tau_max);

@@ -6,6 +6,7 @@
 #include <limits>
 #include <tuple>
 
+#include "../tensors.h"
 #include "row_reduce.h"
 
 namespace tempnet {
@@ -156,8 +157,8 @@ Args<Z, T> row_args(const Tensor& logits, const Tensor& tau, const Tensor& rows)
 
 std::tuple<Tensor, Tensor> tempered_softmax_fwd(Tensor logits, Tensor tau, bool is_log) {
   const int64_t n = logits.size(0);
-  Tensor output = torch::stable::new_empty(logits, {n, logits.size(1)});
-  Tensor rows = torch::stable::new_empty(tau, {kSoftmaxFields, n});
+  Tensor output = allocate(logits, {n, logits.size(1)});
+  Tensor rows = allocate(tau, {kSoftmaxFields, n});
   for_dtype(kName, "logits", logits, [&](auto types) {
     using Z = typename decltype(types)::Storage;
     using T = typename decltype(types)::Accumulator;
@@ -179,8 +180,8 @@ std::tuple<Tensor, Tensor> tempered_softmax_bwd(Tensor logits, Tensor tau, Tenso
   if (v > 1 && grad_output.stride(1) != 1) {
     throw_bad_argument(kName, "grad_output", "of column stride 1");
   }
-  Tensor grad_logits = torch::stable::new_empty(logits, {want_grad_logits ? n : 0, v});
-  Tensor grad_tau = torch::stable::new_empty(tau, {n});
+  Tensor grad_logits = allocate(logits, {want_grad_logits ? n : 0, v});
+  Tensor grad_tau = allocate(tau, {n});
   for_dtype(kName, "logits", logits, [&](auto types) {
     using Z = typename decltype(types)::Storage;
     using T = typename decltype(types)::Accumulator;

@@ -5,6 +5,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../tensors.h"
 #include "row_reduce.h"
 
 namespace tempnet {
@@ -30,7 +31,7 @@ void row_scale_of(const Target& target, int64_t n, const Tensor* weight, const T
   *total = T(sum);
   const T inverse = !mean ? T(1) : *total == 0 ? T(0) : 1 / *total;
   if (!weight) {
-    *scale = inverse;
+    if (n) *scale = inverse;
     return;
   }
   // The weight of an ignored row may be anything, NaN too.
@@ -42,8 +43,8 @@ std::tuple<Tensor, Tensor> row_scale(Tensor target, std::optional<Tensor> weight
                                      int64_t ignore_index, bool mean, bool wide) {
   const int64_t n = target.size(0);
   const auto dtype = wide ? ScalarType::Double : ScalarType::Float;
-  Tensor scale = torch::stable::new_empty(target, {weight ? n : 1}, dtype);
-  Tensor total = torch::stable::new_empty(target, {1}, dtype);
+  Tensor scale = weight ? allocate(target, {n}, dtype) : allocate_equal(target, n, dtype);
+  Tensor total = allocate(target, {1}, dtype);
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     row_scale_of<T>(target_of(target), n, weight ? &*weight : nullptr,
@@ -57,7 +58,7 @@ std::tuple<Tensor, Tensor> row_scale(Tensor target, std::optional<Tensor> weight
 
 Tensor sum_rows(Tensor rows, std::optional<Tensor> total) {
   const bool wide = rows.scalar_type() == ScalarType::Double;
-  Tensor sum = torch::stable::new_empty(rows, {});
+  Tensor sum = allocate(rows, {});
   const auto run = [&](auto zero) {
     using T = decltype(zero);
     const Strided<const T> values = strided<T>(rows);

@@ -6,6 +6,7 @@
 
 #include <tuple>
 
+#include "../tensors.h"
 #include "contrastive_anchors.cuh"
 #include "on_device.h"
 
@@ -15,19 +16,9 @@ namespace {
 using namespace device;
 using namespace device::anchors;
 using torch::headeronly::ScalarType;
-using torch::stable::new_empty;
 using torch::stable::Tensor;
 
 constexpr const char* kName = "dro_contrastive";
-
-template <class T>
-const T* data(const Tensor& tensor) {
-  return tensor.numel() ? static_cast<const T*>(tensor.const_data_ptr()) : nullptr;
-}
-template <class T>
-T* mutable_data(const Tensor& tensor) {
-  return static_cast<T*>(tensor.mutable_data_ptr());
-}
 
 void check_float32(const char* argument, const Tensor& tensor) {
   if (tensor.scalar_type() != ScalarType::Float) {
@@ -41,11 +32,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_states(
   const OnDevice on(kName, tau_image);
   check_float32("tau_image", tau_image);
   const int64_t m = tau_image.size(0), n = text.size(0), all = candidates.size(0);
-  Tensor row_a = new_empty(tau_image, {m}), column_a = new_empty(tau_image, {n});
-  Tensor rows = new_empty(tau_image, {kStateFields, m});
-  Tensor columns = new_empty(tau_image, {kStateFields, all});
-  Tensor place = new_empty(tau_image, {m}, ScalarType::Long);
-  Tensor pair = new_empty(tau_image, {all}, ScalarType::Int);
+  Tensor row_a = allocate(tau_image, {m}), column_a = allocate(tau_image, {n});
+  Tensor rows = allocate(tau_image, {kStateFields, m});
+  Tensor columns = allocate(tau_image, {kStateFields, all});
+  Tensor place = allocate(tau_image, {m}, ScalarType::Long);
+  Tensor pair = allocate(tau_image, {all}, ScalarType::Int);
   const StartParams<float> params{m,
                                   n,
                                   all,
@@ -74,10 +65,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_anchors(
   const OnDevice on(kName, rows);
   check_float32("rows", rows);
   const int64_t m = row_a.size(0), n = column_a.size(0);
-  Tensor stats = new_empty(rows, {kAnchorFields, m});
-  Tensor term = new_empty(rows, {m}), total = new_empty(rows, {m});
-  Tensor row_parameters = new_empty(rows, {kWeightFields, m});
-  Tensor column_parameters = new_empty(rows, {kWeightFields, n});
+  Tensor stats = allocate(rows, {kAnchorFields, m});
+  Tensor term = allocate(rows, {m}), total = allocate(rows, {m});
+  Tensor row_parameters = allocate(rows, {kWeightFields, m});
+  Tensor column_parameters = allocate(rows, {kWeightFields, n});
   const AnchorParams<float> params{m,
                                    n,
                                    begin,

@@ -3,6 +3,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include "../tensors.h"
 #include "dro_contrastive.cuh"
 #include "on_device.h"
 
@@ -52,7 +53,7 @@ void similarity_stats_(Tensor rows, Tensor columns, Tensor similarity, int64_t r
   params.rows = static_cast<float*>(rows.mutable_data_ptr());
   params.columns = static_cast<float*>(columns.mutable_data_ptr());
   plan_stats(params, on.multiprocessors);
-  Tensor parts = torch::stable::new_empty(rows, {part_floats(params)});
+  Tensor parts = allocate(rows, {part_floats(params)});
   launch_stats(params, static_cast<float*>(parts.mutable_data_ptr()), on.stream);
 }
 

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "../tensors.h"
 #include "dro_cross_entropy_launch.cuh"
 #include "launch_plan.h"
 #include "on_device.h"
@@ -68,8 +69,8 @@ Params row_params(const Tensor& logits, const Tensor& target, const Tensor& tau,
 
 // The memory of so many parts of rows.
 Tensor allocate_parts(Params& params, const Tensor& like, int64_t count) {
-  Tensor parts = torch::stable::new_empty(
-      like, {count * int64_t((sizeof(Partial) + sizeof(Extras)) / sizeof(float))});
+  Tensor parts =
+      allocate(like, {count * int64_t((sizeof(Partial) + sizeof(Extras)) / sizeof(float))});
   params.parts = static_cast<Partial*>(parts.mutable_data_ptr());
   params.extras = reinterpret_cast<Extras*>(params.parts + count);
   return parts;
@@ -82,9 +83,9 @@ RowTensors forward(const Tensor& logits, const Tensor* grad, const Tensor& targe
                    double label_smoothing, double z_loss, double softcap, bool want_argmax) {
   const OnDevice on(kName, logits);
   const int64_t n = logits.size(0);
-  Tensor loss = torch::stable::new_empty(tau, {n});
-  Tensor rows = torch::stable::new_empty(tau, {kRowFields, n});
-  Tensor argmax = torch::stable::new_empty(tau, {want_argmax ? n : 0}, ScalarType::Long);
+  Tensor loss = allocate(tau, {n});
+  Tensor rows = allocate(tau, {kRowFields, n});
+  Tensor argmax = allocate(tau, {want_argmax ? n : 0}, ScalarType::Long);
   if (n == 0) return {loss, rows, argmax};
   Params params = row_params(logits, target, tau, scale, rho, ignore_index, label_smoothing, z_loss,
                              softcap, 0, logits.size(1));
@@ -115,7 +116,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> dro_cross_entropy_fwd(
     Tensor logits, Tensor target, Tensor tau, Tensor scale, double rho, int64_t ignore_index,
     double label_smoothing, double z_loss, double softcap, bool want_grad, bool want_argmax) {
   const int64_t grad_rows = want_grad ? logits.size(0) : 0;
-  Tensor grad = torch::stable::new_empty(logits, {grad_rows, logits.size(1)});
+  Tensor grad = allocate(logits, {grad_rows, logits.size(1)});
   auto [loss, rows, argmax] = forward(logits, want_grad ? &grad : nullptr, target, tau, scale, rho,
                                       ignore_index, label_smoothing, z_loss, softcap, want_argmax);
   return {grad, loss, rows, argmax};
@@ -134,8 +135,8 @@ std::tuple<Tensor, Tensor> dro_cross_entropy_stats(Tensor logits, Tensor target,
                                                    bool want_mean, bool want_argmax) {
   const OnDevice on(kName, logits);
   const int64_t n = logits.size(0);
-  Tensor stats = torch::stable::new_empty(tau, {kPartFields, n});
-  Tensor argmax = torch::stable::new_empty(tau, {want_argmax ? n : 0}, ScalarType::Long);
+  Tensor stats = allocate(tau, {kPartFields, n});
+  Tensor argmax = allocate(tau, {want_argmax ? n : 0}, ScalarType::Long);
   if (n == 0) return {stats, argmax};
   Params params = state_params(logits, target, tau, ignore_index, softcap, begin, vocab_size);
   params.stats = static_cast<float*>(stats.mutable_data_ptr());
@@ -166,7 +167,7 @@ void backward(const Tensor& logits, const Tensor& grad, const Tensor& target, co
 Tensor dro_cross_entropy_bwd(Tensor logits, Tensor target, Tensor tau, Tensor scale, Tensor rows,
                              int64_t ignore_index, double label_smoothing, double z_loss,
                              double softcap, int64_t begin, int64_t vocab_size) {
-  Tensor grad = torch::stable::new_empty(logits, {logits.size(0), logits.size(1)});
+  Tensor grad = allocate(logits, {logits.size(0), logits.size(1)});
   backward(logits, grad, target, tau, scale, rows, ignore_index, label_smoothing, z_loss, softcap,
            begin, vocab_size);
   return grad;

@@ -36,8 +36,7 @@ Tensor row_moments(Tensor logits, bool center, double softcap) {
   const OnDevice on(name, logits);
   auto params = params_of<linear::Params>(name, logits);
   params.softcap = float(softcap);
-  Tensor moments =
-      torch::stable::new_empty(logits, {5, params.n}, torch::headeronly::ScalarType::Float);
+  Tensor moments = allocate(logits, {5, params.n}, torch::headeronly::ScalarType::Float);
   params.moments = static_cast<float*>(moments.mutable_data_ptr());
   for_dtype(name, "logits", logits,
             [&](auto zero) { linear::launch_moments<decltype(zero)>(params, center, on.stream); });
@@ -49,7 +48,7 @@ Tensor normalized_rows(Tensor logits, Tensor shift, Tensor inverse, double softc
   const OnDevice on(name, logits);
   auto params = params_of<linear::NormalizeParams>(name, logits);
   shift = dense(shift), inverse = dense(inverse);
-  Tensor x = torch::stable::new_empty(shift, {params.n, params.v});
+  Tensor x = allocate(shift, {params.n, params.v});
   params.shift = data<float>(shift);
   params.inverse = data<float>(inverse);
   params.softcap = float(softcap);

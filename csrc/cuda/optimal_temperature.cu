@@ -6,6 +6,7 @@
 #include <cmath>
 #include <tuple>
 
+#include "../tensors.h"
 #include "on_device.h"
 #include "optimal_temperature.cuh"
 
@@ -27,9 +28,9 @@ std::tuple<Tensor, Tensor, Tensor> optimal_temperature(Tensor logits, Tensor rho
   if (n > kMaxRows) throw_bad_argument(kName, "logits", "of fewer than 2^31 rows");
   if (v > kMaxColumns) throw_bad_argument(kName, "logits", "of at most 2^28 columns");
   if (v > 1 && logits.stride(1) != 1) throw_bad_argument(kName, "logits", "of column stride 1");
-  Tensor tau = torch::stable::new_empty(rho, {n});
-  Tensor kl = torch::stable::new_empty(rho, {n});
-  Tensor iterations = torch::stable::new_empty(rho, {n}, ScalarType::Int);
+  Tensor tau = allocate(rho, {n});
+  Tensor kl = allocate(rho, {n});
+  Tensor iterations = allocate(rho, {n}, ScalarType::Int);
   TemperatureParams params{};
   params.n = n;
   params.v = static_cast<int>(v);

@@ -5,6 +5,7 @@
 
 #include <vector>
 
+#include "../tensors.h"
 #include "on_device.h"
 #include "per_sample_state.cuh"
 namespace tempnet {
@@ -35,7 +36,7 @@ samples::Params params_of(const std::vector<Tensor>& tables, const Tensor& ids,
 
 Tensor read_samples(std::vector<Tensor> tables, Tensor ids) {
   const OnDevice on(kName, ids);
-  Tensor values = torch::stable::new_empty(tables[0], {int64_t(tables.size()), ids.size(0)});
+  Tensor values = allocate(tables[0], {int64_t(tables.size()), ids.size(0)});
   launch_samples(params_of(tables, ids, values), false, on.stream);
   return values;
 }

@@ -28,7 +28,7 @@ Tensor sigmoid_dropout(Tensor pre, Tensor bias, std::optional<Tensor> factor,
   check_float(name, "pre", pre);
   pre = dense(pre), bias = dense(bias), factor = dense(factor);
   const OnDevice on(name, pre);
-  Tensor dropped = torch::stable::new_empty(pre, {pre.size(0), pre.size(1)});
+  Tensor dropped = allocate(pre, {pre.size(0), pre.size(1)});
   head::DropoutParams params{};
   params.n = pre.size(0);
   params.h = static_cast<int>(pre.size(1));
@@ -53,8 +53,8 @@ std::tuple<Tensor, Tensor> sigmoid_dropout_bwd(Tensor grad, Tensor dropped,
   grad = dense(grad), dropped = dense(dropped), factor = dense(factor);
   const OnDevice on(name, grad);
   const int64_t n = dropped.size(0), h = dropped.size(1);
-  Tensor grad_pre = torch::stable::new_empty(dropped, {n, h});
-  Tensor sums = torch::stable::new_empty(dropped, {row_blocks(n), h});
+  Tensor grad_pre = allocate(dropped, {n, h});
+  Tensor sums = allocate(dropped, {row_blocks(n), h});
   head::DropoutGradParams params{};
   params.n = n;
   params.rows = rows_of_block(n);
@@ -92,7 +92,7 @@ Tensor temperature_head(Tensor h, std::optional<Tensor> norms, Tensor scaler, Te
   check_float(name, "h", h);
   h = dense(h), norms = dense(norms), weight = dense(weight);
   const OnDevice on(name, h);
-  Tensor tau = torch::stable::new_empty(h, {h.size(0)});
+  Tensor tau = allocate(h, {h.size(0)});
   head::HeadParams params = head_params(h, norms, scaler, weight, bias, tau_min, tau_max);
   params.tau = writable(tau);
   head::launch_head(params, squash, on.stream);
@@ -109,8 +109,8 @@ std::tuple<Tensor, Tensor> temperature_head_bwd(Tensor grad_tau, Tensor h,
   h = dense(h), norms = dense(norms), weight = dense(weight);
   const OnDevice on(name, h);
   const int64_t n = h.size(0), k = h.size(1);
-  Tensor grad_h = torch::stable::new_empty(h, {n, k});
-  Tensor sums = torch::stable::new_empty(h, {row_blocks(n), along_sums(k) + (norms ? k : 0)});
+  Tensor grad_h = allocate(h, {n, k});
+  Tensor sums = allocate(h, {row_blocks(n), along_sums(k) + (norms ? k : 0)});
   head::HeadParams params = head_params(h, norms, scaler, weight, bias, tau_min, tau_max);
   params.grad_tau = data<float>(grad_tau);
   params.grad_tau_stride = grad_tau.stride(0);

@@ -6,6 +6,7 @@
 
 #include <tuple>
 
+#include "../tensors.h"
 #include "on_device.h"
 #include "tempered_softmax.cuh"
 
@@ -56,8 +57,8 @@ void launch_on(const OnDevice& on, const Tensor& logits, const Params& params) {
 std::tuple<Tensor, Tensor> tempered_softmax_fwd(Tensor logits, Tensor tau, bool is_log) {
   const OnDevice on(kName, logits);
   const int64_t n = logits.size(0);
-  Tensor output = torch::stable::new_empty(logits, {n, logits.size(1)});
-  Tensor rows = torch::stable::new_empty(tau, {kSoftmaxFields, n});
+  Tensor output = allocate(logits, {n, logits.size(1)});
+  Tensor rows = allocate(tau, {kSoftmaxFields, n});
   if (n == 0) return {output, rows};
   Params params = row_params(logits, tau, rows, is_log);
   params.out = output.mutable_data_ptr();
@@ -70,8 +71,8 @@ std::tuple<Tensor, Tensor> tempered_softmax_bwd(Tensor logits, Tensor tau, Tenso
                                                 bool want_grad_logits) {
   const OnDevice on(kName, logits);
   const int64_t n = logits.size(0), v = logits.size(1);
-  Tensor grad_logits = torch::stable::new_empty(logits, {want_grad_logits ? n : 0, v});
-  Tensor grad_tau = torch::stable::new_empty(tau, {n});
+  Tensor grad_logits = allocate(logits, {want_grad_logits ? n : 0, v});
+  Tensor grad_tau = allocate(tau, {n});
   if (n == 0) return {grad_logits, grad_tau};
   check_columns("grad_output", grad_output);
   Params params = row_params(logits, tau, rows, is_log);

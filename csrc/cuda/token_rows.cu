@@ -6,6 +6,7 @@
 #include <optional>
 #include <tuple>
 
+#include "../tensors.h"
 #include "on_device.h"
 #include "token_rows.cuh"
 
@@ -35,8 +36,9 @@ std::tuple<Tensor, Tensor> row_scale(Tensor target, std::optional<Tensor> weight
   params.divisor = float(divisor);
   params.ignore_index = ignore_index;
   params.mean = mean;
-  Tensor scale = torch::stable::new_empty(target, {weight ? params.n : 1}, ScalarType::Float);
-  Tensor total = torch::stable::new_empty(target, {1}, ScalarType::Float);
+  Tensor scale = weight ? allocate(target, {params.n}, ScalarType::Float)
+                        : allocate_equal(target, params.n, ScalarType::Float);
+  Tensor total = allocate(target, {1}, ScalarType::Float);
   params.scale = static_cast<float*>(scale.mutable_data_ptr());
   params.total = static_cast<float*>(total.mutable_data_ptr());
   launch_scale(params, on.stream);
@@ -48,7 +50,7 @@ Tensor sum_rows(Tensor rows, std::optional<Tensor> total) {
     throw_bad_argument("sum_rows", "rows", "float32 on a GPU");
   }
   const OnDevice on("sum_rows", rows);
-  Tensor sum = torch::stable::new_empty(rows, {});
+  Tensor sum = allocate(rows, {});
   const float* guard = total ? static_cast<const float*>(total->const_data_ptr()) : nullptr;
   launch_sum({rows.size(0), static_cast<const float*>(rows.const_data_ptr()), rows.stride(0), guard,
               static_cast<float*>(sum.mutable_data_ptr())},

@@ -34,7 +34,7 @@ struct ScaleParams {
   float divisor;            // what to divide by where there is no normalizer; negative: the sum
   int64_t ignore_index;
   bool mean;
-  float *scale, *total;  // [n], or without weights [1]; [1]
+  float *scale, *total;  // [n], without weights all at the first place; [1]
 
   TEMPNET_DEVICE bool kept(int64_t i) const {
     const int64_t y = wide_target ? static_cast<const int64_t*>(target)[i * target_stride]
@@ -62,7 +62,7 @@ scale_kernel(TEMPNET_PARAM ScaleParams p) {
   const float inverse = !p.mean ? 1.0f : sum == 0 ? 0.0f : 1 / sum;
   if (threadIdx.x == 0) *p.total = sum;
   if (!p.weighted) {
-    if (threadIdx.x == 0) *p.scale = inverse;
+    if (threadIdx.x == 0 && p.n > 0) *p.scale = inverse;
     return;
   }
   // The weight of an ignored row may be anything, NaN too.

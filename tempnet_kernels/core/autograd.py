@@ -10,5 +10,7 @@ def apply(function, *args):
     anew in every call, for defaults that there may be, which takes longer than a small loss."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
-    args = [_unwrap_if_dead(x) if isinstance(x, torch.Tensor) else x for x in args]
+    if not torch.is_grad_enabled():
+        return function.forward(*args)
+    args = [_unwrap_if_dead(x) if type(x) is torch.Tensor else x for x in args]
     return super(torch.autograd.Function, function).apply(*args)

@@ -103,9 +103,9 @@ _op = register.operator
 def row_scale(target, row_weight, normalizer, ignore_index, reduction, acc, backend):
     """(scale [N], the sum it was divided by, [1], or None): a scale holds the row's weight and the
     normaliser."""
-    n, mean = target.shape[0], reduction == "mean"
+    mean = reduction == "mean"
     if row_weight is None and not mean:
-        return torch.ones((), dtype=acc, device=target.device).expand(n), None
+        return torch.ones((), dtype=acc, device=target.device).expand(target.shape), None
     weight = None if row_weight is None else row_weight.to(acc).reshape(-1)
     divisor = -1.0
     if isinstance(normalizer, torch.Tensor):
@@ -117,7 +117,7 @@ def row_scale(target, row_weight, normalizer, ignore_index, reduction, acc, back
         scale, total = _RowScale.apply(weight, *args)
     else:
         scale, total = _scale(weight, *args)
-    return (scale.expand(n) if weight is None else scale), (total if mean else None)
+    return scale, (total if mean else None)
 
 
 def _scale(weight, target, normalizer, divisor, ignore_index, mean, wide, backend):
@@ -178,15 +178,16 @@ def token_stats(rows, argmax, tau, vocab_size, shape):
 
 def _fake_row_scale(target, weight, normalizer, divisor, ignore_index, mean, wide):
     acc = torch.float64 if wide else torch.float32
-    n = 1 if weight is None else target.shape[0]
-    return target.new_empty(n, dtype=acc), target.new_empty(1, dtype=acc)
+    strides = (0 if weight is None else 1,)
+    scale = target.new_empty_strided(target.shape, strides, dtype=acc)
+    return scale, target.new_empty(1, dtype=acc)
 
 
 # What every row's loss and gradients are multiplied with. target [N] int32 or int64; weight [N] and
 # normalizer [1] in the accumulation dtype, float64 where wide. With mean the weights (1 without) of
 # the rows that are not ignored are divided by the normalizer, the divisor (negative for none) or
-# their sum, and are 0 where that is 0. Returns the scales [N], or [1] without weights, of ignored
-# rows 0; and what they were divided by, [1].
+# their sum, and are 0 where that is 0. Returns the scales [N], of ignored rows 0 with weights and
+# without them all the same number, of stride 0; and what they were divided by, [1].
 register.define(
     "row_scale(Tensor target, Tensor? weight, Tensor? normalizer, float divisor, "
     "int ignore_index, bool mean, bool wide) -> (Tensor, Tensor)",

@@ -18,7 +18,7 @@ def row_scale(target, weight, normalizer, divisor, ignore_index, mean, wide):
     else:
         total = torch.zeros(1, dtype=acc, device=target.device)
     scale = torch.where(total == 0, 0, 1 / total) if mean else torch.ones_like(total)
-    return (scale if weights is None else weights * scale), total
+    return (scale.expand(target.shape) if weights is None else weights * scale), total
 
 
 def sum_rows(rows, total):

@@ -75,7 +75,7 @@ def row_scale(target, weight, normalizer, divisor, ignore_index, mean, wide):
             HAS_WEIGHT=weight is not None, HAS_NORMALIZER=normalizer is not None, SUMS=sums,
             MEAN=mean, BLOCK=BLOCK, num_warps=NUM_WARPS,
         )  # fmt: skip
-    return scale, total
+    return (scale.expand(n) if weight is None else scale), total
 
 
 def sum_rows(rows, total):

@@ -188,6 +188,7 @@ class Operators(HeadOperators):
         # Called before the autograd function, where torch.func's transforms wrap new tensors.
         with torch._C._DisableFuncTorch():
             scale = torch.full((1 if weight is None else target.shape[0],), torch.nan)
+            scale = scale.expand(target.shape)
             total = torch.full((1,), torch.nan)
         self.module.row_scale({
             "n": target.shape[0], "target": target.data_ptr(), "target_stride": target.stride(0),
