@@ -83,7 +83,9 @@ def _lazy(name, module, *first):
     def call(*args):
         function = getattr(importlib.import_module(f"tempnet_kernels.{module}"), name)
         tensor = args[0][0] if isinstance(args[0], list) else args[0]
-        return without_autocast(tensor.device.type, function, *first, *args)
+        # As a kernel in C++ runs: what is within has no gradient and no versions of its own.
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return without_autocast(tensor.device.type, function, *first, *args)
 
     return call
 
