@@ -39,6 +39,11 @@ struct Args {
 // The columns of a row that one thread reduces where rows are fewer than threads. Rows are always
 // reduced by these slices, so that a result does not depend on the number of either.
 constexpr int64_t kSlice = 4 * kBlock;
+// The width of the slices of a row, nearly all the same, so that threads end together.
+inline int64_t slice_width(int64_t v) {
+  const int64_t slices = (v + kSlice - 1) / kSlice;
+  return (((v + slices - 1) / slices) + 63) / 64 * 64;
+}
 
 // The state of some columns of a row.
 template <class T>
@@ -78,8 +83,9 @@ template <bool kFma, class Z, class Scale>
 TEMPNET_INLINE auto reduce_row(const Z* z, int64_t v, const Scale& scale) {
   using T = decltype(factor_of(scale));
   RowSums<T> sums;
-  for (int64_t j = 0; j < v; j += kSlice) {
-    const int64_t width = std::min(kSlice, v - j);
+  const int64_t slice = slice_width(v);
+  for (int64_t j = 0; j < v; j += slice) {
+    const int64_t width = std::min(slice, v - j);
     add(sums, reduce_slice<kFma>(z, j, width, scale), j, width);
   }
   return sums;
@@ -207,7 +213,7 @@ struct ForwardRows {
 template <class Z, class T>
 struct SlicedArgs {
   const Args<Z, T>& args;
-  int64_t slices;
+  int64_t width, slices;
   RowSums<T>* sums;        // [n, slices]
   RowWeights<T>* weights;  // [n]
   bool* unread;            // [n]
@@ -219,10 +225,10 @@ struct ReduceSlices {
   static TEMPNET_INLINE void run(const SlicedArgs<Z, T>& sliced, int64_t begin, int64_t end) {
     const Args<Z, T>& args = sliced.args;
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t i = item / sliced.slices, j = item % sliced.slices * kSlice;
+      const int64_t i = item / sliced.slices, j = item % sliced.slices * sliced.width;
       if (sliced.unread[i]) continue;
       const Z* z = args.logits + i * args.logits_stride;
-      const int64_t count = std::min(kSlice, args.v - j);
+      const int64_t count = std::min(sliced.width, args.v - j);
       sliced.sums[item] = reduce_slice<kFma>(z, j, count, exponent_of<kCapped>(args, i));
     }
   }
@@ -234,10 +240,10 @@ struct GradientSlices {
   static TEMPNET_INLINE void run(const SlicedArgs<Z, T>& sliced, int64_t begin, int64_t end) {
     const Args<Z, T>& args = sliced.args;
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t i = item / sliced.slices, j = item % sliced.slices * kSlice;
+      const int64_t i = item / sliced.slices, j = item % sliced.slices * sliced.width;
       if (sliced.unread[i]) continue;
       finish_gradient<kFma>(args, i, exponent_of<kCapped>(args, i), sliced.weights[i], j,
-                            std::min(j + kSlice, args.v));
+                            std::min(j + sliced.width, args.v));
     }
   }
 };
@@ -252,8 +258,8 @@ struct FinishSlices {
       if (sliced.unread[i]) continue;
       RowSums<T> row;
       for (int64_t k = 0; k < sliced.slices; ++k) {
-        const int64_t j = k * kSlice;
-        add(row, sliced.sums[i * sliced.slices + k], j, std::min(kSlice, args.v - j));
+        const int64_t j = k * sliced.width;
+        add(row, sliced.sums[i * sliced.slices + k], j, std::min(sliced.width, args.v - j));
       }
       sliced.weights[i] = finish_row(args, i, row, exponent_of<kCapped>(args, i));
     }
@@ -262,11 +268,12 @@ struct FinishSlices {
 
 template <bool kCapped, class Z, class T>
 void forward_sliced(const Args<Z, T>& args) {
-  const int64_t slices = (args.v + kSlice - 1) / kSlice, items = args.n * slices;
+  const int64_t width = slice_width(args.v), slices = (args.v + width - 1) / width;
+  const int64_t items = args.n * slices;
   std::vector<RowSums<T>> sums(items);
   std::vector<RowWeights<T>> weights(args.n);
   const std::unique_ptr<bool[]> unread(new bool[args.n]);
-  const SlicedArgs<Z, T> sliced{args, slices, sums.data(), weights.data(), unread.get()};
+  const SlicedArgs<Z, T> sliced{args, width, slices, sums.data(), weights.data(), unread.get()};
   for (int64_t i = 0; i < args.n; ++i) unread[i] = finish_unread(args, i);
   torch::stable::parallel_for(0, items, 1, [&](int64_t begin, int64_t end) {
     run_rows<ReduceSlices<Z, T, kCapped>>(sliced, begin, end);
