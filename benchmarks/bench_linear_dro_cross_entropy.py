@@ -157,7 +157,7 @@ def test_tempnet(benchmark, shape):
     def ours(fold):
         kind = chunked_linear.FoldedTempNet if fold else chunked_linear.DirectTempNet
         key = net.dropout_key(torch.device(DEVICE))
-        loop = kind("native", tensors, options, weight, None, True, torch.float32, None)
+        loop = kind("native", tensors, options, weight, None, True, torch.float32, None, n)
         for r in chunks():
             count = r.stop - r.start
             dropout = Dropout(key, options.dropout, None, r.start)

@@ -107,7 +107,7 @@ struct StartParams {
     return Constants<T>::kLog2e / tau_text[i * tau_text_stride];
   }
 
-  // Row t and column t. Given positives are not known to their columns here: see pair_columns.
+  // Row t and column t. Given positives are not known to their columns here: see pair_column.
   TEMPNET_INLINE void fill(int64_t t) const {
     if (t < m) {
       const PairPlace place = place_of_pair(given, t, n);
@@ -127,7 +127,9 @@ struct StartParams {
 
   // The column of row i, with given positives, after every fill.
   TEMPNET_INLINE void pair_column(int64_t i) const {
-    const int64_t y = place_of_pair(given, i, n).column;
+    const PairPlace place = place_of_pair(given, i, n);
+    if (!place.inside) return;
+    const int64_t y = place.column;
     pair[begin + y] = int32_t(i);
     column_a[y] = text_a(i);
     if (every_pair && !include_positive) columns[kStateCount * all + begin + y] = T(m - 1);

@@ -8,6 +8,8 @@
 #include <algorithm>
 #include <array>
 #include <cstdint>
+#include <cstdlib>
+#include <cstring>
 #include <initializer_list>
 #include <optional>
 
@@ -29,6 +31,11 @@ inline torch::stable::Tensor allocate_strided(const torch::stable::Tensor& like,
       aoti_torch_empty_strided(sizes.size(), sizes.begin(), strides, code, device, index, &made));
   return torch::stable::Tensor(made);
 }
+// The tests set the variable: an element that a kernel does not write is NaN then, or -1.
+inline bool fills_allocations() {
+  static const bool fills = std::getenv("TEMPNET_FILL_ALLOCATIONS") != nullptr;
+  return fills;
+}
 inline torch::stable::Tensor allocate(
     const torch::stable::Tensor& like, std::initializer_list<int64_t> sizes,
     std::optional<torch::headeronly::ScalarType> dtype = std::nullopt) {
@@ -38,7 +45,11 @@ inline torch::stable::Tensor allocate(
     strides.at(i) = next;
     next *= std::max<int64_t>(sizes.begin()[i], 1);
   }
-  return allocate_strided(like, sizes, strides.data(), dtype);
+  torch::stable::Tensor made = allocate_strided(like, sizes, strides.data(), dtype);
+  if (fills_allocations() && made.is_cpu()) {
+    std::memset(made.mutable_data_ptr(), 0xff, made.numel() * made.element_size());
+  }
+  return made;
 }
 // [n] of one number.
 inline torch::stable::Tensor allocate_equal(const torch::stable::Tensor& like, int64_t n,

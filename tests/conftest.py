@@ -2,6 +2,9 @@
 
 import os
 
+# Read at the first allocation; processes that a test starts have it, too.
+os.environ["TEMPNET_FILL_ALLOCATIONS"] = "1"
+
 # Without a GPU the Triton kernels run in the interpreter; it is chosen when triton is imported.
 import torch
 
@@ -28,7 +31,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True)
 def fill_uninitialized_memory():
-    """torch.empty returns NaN, so an output that a kernel does not write is seen."""
+    """torch.empty returns NaN, so an output that a kernel does not write is seen; of what the C++
+    kernels allocate, TEMPNET_FILL_ALLOCATIONS sees to it."""
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield

@@ -17,19 +17,6 @@ using torch::stable::Tensor;
 
 constexpr const char* kName = "dro_contrastive";
 
-// f(zero of the accumulation type)
-template <class F>
-void for_accumulator(const char* argument, const Tensor& tensor, F f) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return f(float{});
-    case ScalarType::Double:
-      return f(double{});
-    default:
-      throw_bad_argument(kName, argument, "float32 or float64");
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_states(
     Tensor tau_image, Tensor tau_text, Tensor positive, Tensor text, Tensor candidates,
     int64_t begin, bool include_positive, bool every_pair) {
@@ -39,7 +26,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_states(
   Tensor columns = allocate(tau_image, {kStateFields, all});
   Tensor place = allocate(tau_image, {m}, ScalarType::Long);
   Tensor pair = allocate(tau_image, {all}, ScalarType::Int);
-  for_accumulator("tau_image", tau_image, [&](auto zero) {
+  for_accumulator(kName, "tau_image", tau_image, [&](auto zero) {
     using T = decltype(zero);
     const StartParams<T> params{m,
                                 n,
@@ -73,7 +60,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_anchors(
   Tensor term = allocate(rows, {m}), total = allocate(rows, {m});
   Tensor row_parameters = allocate(rows, {kWeightFields, m});
   Tensor column_parameters = allocate(rows, {kWeightFields, n});
-  for_accumulator("rows", rows, [&](auto zero) {
+  for_accumulator(kName, "rows", rows, [&](auto zero) {
     using T = decltype(zero);
     const AnchorParams<T> params{m,
                                  n,
@@ -158,6 +145,7 @@ void one_side(const Tensor& grad, const Tensor& sum, const Tensor& others, const
 void pair_gradients_(Tensor grad_image, Tensor grad_text, Tensor image_sum, Tensor text_sum,
                      Tensor image, Tensor text, Tensor total, Tensor positive, Tensor pair,
                      Tensor unit, Tensor scale) {
+  image = dense(image), text = dense(text);
   for_dtype(kName, "image", image, [&](auto types) {
     using F = typename decltype(types)::Storage;
     using T = typename decltype(types)::Accumulator;

@@ -120,7 +120,8 @@ TEMPNET_INLINE void write_gradient(const Args<Z, T>& args, const Z* z, Z* grad, 
   // In fp32 before it is rounded to the gradient's type: p_y - 1 cancels.
   const bool is_held = y >= begin && y < end;
   const Logit<T> own = logit(T(load(z[is_held ? y : begin])), exponent);
-  const T p_y = weight<kFma>(own.value, a, m) * inverse_s;
+  T p_y = weight<kFma>(own.value, a, m) * inverse_s;
+  if (args.vocab_size == 1 && p_y > 0) p_y = 1;  // of one column, exactly
   const T grad_y = scale * ((c * p_y - 1) + label_smoothing * (1 - 1 / vocab_size)) * own.slope;
 #pragma omp simd
   for (int64_t j = begin; j < end; ++j) {

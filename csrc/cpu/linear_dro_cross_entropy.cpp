@@ -121,6 +121,10 @@ struct NormalizeRows {
       T* x = args.x + i * args.v;
       const T shift = args.shift[i], inverse = args.inverse[i];
       const auto scale = scale_of<kCapped>(args.softcap, T(1));
+      if (inverse == 0) {  // whatever is there
+        std::fill(x, x + args.v, T(0));
+        continue;
+      }
 #pragma omp simd
       for (int64_t j = 0; j < args.v; ++j) {
         const T centred = logit(T(load(z[j])), scale).value - shift;

@@ -108,6 +108,16 @@ void for_dtype(const char* function, const char* argument, const torch::stable::
   }
 }
 
+// f(zero of the accumulation type)
+template <class F>
+void for_accumulator(const char* function, const char* argument,
+                     const torch::stable::Tensor& tensor, F f) {
+  using torch::headeronly::ScalarType;
+  if (tensor.scalar_type() == ScalarType::Float) return f(float{});
+  if (tensor.scalar_type() == ScalarType::Double) return f(double{});
+  throw_bad_argument(function, argument, "float32 or float64");
+}
+
 template <class T>
 Strided<const T> strided(const torch::stable::Tensor& tensor) {
   return {static_cast<const T*>(tensor.const_data_ptr()), tensor.stride(0)};

@@ -149,11 +149,12 @@ struct Head {
       q[j] = h[j] / norm[j];
       qmax = q[j] > qmax ? q[j] : qmax;  // drops NaN, which reaches s below
     }
-    const T m = qmax * a;
+    // What m was rounded by is taken off: where a is large it is no small number.
+    const T m = qmax * a, rounding = centred<kFma>(qmax, a, m);
     T s = 0;
 #pragma omp simd reduction(+ : s)
     for (int64_t j = 0; j < k; ++j) {
-      w[j] = tempnet::weight<kFma>(q[j], a, m);
+      w[j] = exp2_clamped(clamp_exponent(centred<kFma>(q[j], a, m) - rounding));
       s += w[j];
     }
     const T uniform = T(1) / T(k);
@@ -228,15 +229,6 @@ struct HeadGradBlocks {
   }
 };
 
-// f(zero of the dtype)
-template <class F>
-void for_accumulator(const char* function, const char* argument, const Tensor& tensor, F f) {
-  using torch::headeronly::ScalarType;
-  if (tensor.scalar_type() == ScalarType::Float) return f(float{});
-  if (tensor.scalar_type() == ScalarType::Double) return f(double{});
-  throw_bad_argument(function, argument, "float32 or float64");
-}
-
 Tensor sigmoid_dropout(Tensor pre, Tensor bias, std::optional<Tensor> factor,
                        std::optional<Tensor> key, std::optional<Tensor> ids, int64_t first_row,
                        double probability) {
@@ -255,7 +247,7 @@ Tensor sigmoid_dropout(Tensor pre, Tensor bias, std::optional<Tensor> factor,
                               first_row,
                               dropout_threshold(probability),
                               T(1 / (1 - probability)),
-                              static_cast<T*>(dropped.mutable_data_ptr())};
+                              mutable_data<T>(dropped)};
     run_parallel<DropoutRows<T>>(args, n, h);
   });
   return dropped;
@@ -277,8 +269,8 @@ std::tuple<Tensor, Tensor> sigmoid_dropout_bwd(Tensor grad, Tensor dropped,
                                   data<T>(dropped),
                                   data<T>(factor),
                                   T(1 - probability),
-                                  static_cast<T*>(grad_pre.mutable_data_ptr()),
-                                  static_cast<T*>(sums.mutable_data_ptr())};
+                                  mutable_data<T>(grad_pre),
+                                  mutable_data<T>(sums)};
     run_parallel<DropoutGradBlocks<T>>(args, blocks, rows * h);
   });
   return {grad_pre, sums};
@@ -307,7 +299,7 @@ Tensor temperature_head(Tensor h, std::optional<Tensor> norms, Tensor scaler, Te
   for_accumulator("temperature_head", "h", h, [&](auto zero) {
     using T = decltype(zero);
     HeadArgs<T> args = head_args<T>(h, norms, scaler, weight, bias, tau_min, tau_max);
-    args.tau = static_cast<T*>(tau.mutable_data_ptr());
+    args.tau = mutable_data<T>(tau);
     squash ? run_parallel<HeadRows<T, true>>(args, args.n, args.k)
            : run_parallel<HeadRows<T, false>>(args, args.n, args.k);
   });
@@ -329,8 +321,8 @@ std::tuple<Tensor, Tensor> temperature_head_bwd(Tensor grad_tau, Tensor h,
     args.rows = rows_of_block(n);
     args.grad_tau = data<T>(grad_tau);
     args.grad_tau_stride = grad_tau.stride(0);
-    args.grad_h = static_cast<T*>(grad_h.mutable_data_ptr());
-    args.sums = static_cast<T*>(sums.mutable_data_ptr());
+    args.grad_h = mutable_data<T>(grad_h);
+    args.sums = mutable_data<T>(sums);
     args.width = width;
     squash ? run_parallel<HeadGradBlocks<T, true>>(args, blocks, args.rows * k)
            : run_parallel<HeadGradBlocks<T, false>>(args, blocks, args.rows * k);

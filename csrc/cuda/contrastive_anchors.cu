@@ -20,17 +20,11 @@ using torch::stable::Tensor;
 
 constexpr const char* kName = "dro_contrastive";
 
-void check_float32(const char* argument, const Tensor& tensor) {
-  if (tensor.scalar_type() != ScalarType::Float) {
-    throw_bad_argument(kName, argument, "float32 on a GPU");
-  }
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> anchor_states(
     Tensor tau_image, Tensor tau_text, Tensor positive, Tensor text, Tensor candidates,
     int64_t begin, bool include_positive, bool every_pair) {
   const OnDevice on(kName, tau_image);
-  check_float32("tau_image", tau_image);
+  check_float32(kName, "tau_image", tau_image);
   const int64_t m = tau_image.size(0), n = text.size(0), all = candidates.size(0);
   Tensor row_a = allocate(tau_image, {m}), column_a = allocate(tau_image, {n});
   Tensor rows = allocate(tau_image, {kStateFields, m});
@@ -63,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> contrastive_anchors(
     Tensor positive, Tensor pair, Tensor log_s_image, Tensor log_s_text, int64_t begin,
     double gamma, double rho) {
   const OnDevice on(kName, rows);
-  check_float32("rows", rows);
+  check_float32(kName, "rows", rows);
   const int64_t m = row_a.size(0), n = column_a.size(0);
   Tensor stats = allocate(rows, {kAnchorFields, m});
   Tensor term = allocate(rows, {m}), total = allocate(rows, {m});
@@ -103,7 +97,8 @@ void pair_gradients_(Tensor grad_image, Tensor grad_text, Tensor image_sum, Tens
                      Tensor image, Tensor text, Tensor total, Tensor positive, Tensor pair,
                      Tensor unit, Tensor scale) {
   const OnDevice on(kName, image);
-  check_float32("total", total);
+  image = dense(image), text = dense(text);
+  check_float32(kName, "total", total);
   const GradientParams params{side_of(grad_image, image_sum, text),
                               side_of(grad_text, text_sum, image),
                               image.size(1),
@@ -117,7 +112,7 @@ void pair_gradients_(Tensor grad_image, Tensor grad_text, Tensor image_sum, Tens
     if (grad_text.scalar_type() == image.scalar_type()) {
       launch_gradients<F, F>(params, on.stream);
     } else {  // not rounded before it is summed over the ranks
-      check_float32("grad_text", grad_text);
+      check_float32(kName, "grad_text", grad_text);
       launch_gradients<F, float>(params, on.stream);
     }
   });

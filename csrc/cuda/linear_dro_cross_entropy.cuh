@@ -28,8 +28,9 @@ struct Moments {
 
 // Moves the sums to the larger shift. d and the sum are never positive, so nothing cancels.
 TEMPNET_DEVICE void move_to(float shift, Moments& p) {
-  if (p.count == 0) return;  // its shift is -inf
   const float d = p.shift - shift;
+  // An empty part's shift is -inf, and a sum that overflowed is not to be multiplied by 0.
+  if (p.count == 0 || d == 0) return;
   p.squares += d * fmaf(p.count, d, 2 * p.sum);
   p.sum = fmaf(p.count, d, p.sum);
 }
@@ -138,7 +139,9 @@ struct NormalizeParams {
 };
 
 constexpr int kNormalizeThreads = 256;
-constexpr int kNormalizeColumns = 8;  // of a thread
+constexpr int kNormalizeColumns = 8;                                   // of a thread
+constexpr int kNormalizeSpan = kNormalizeThreads * kNormalizeColumns;  // of a CTA
+constexpr int kMostSpans = 65535;                                      // of a grid's second axis
 
 template <class Z, bool kCapped>
 TEMPNET_KERNEL(kNormalizeThreads, 4)
@@ -148,13 +151,16 @@ normalize_kernel(TEMPNET_PARAM NormalizeParams params) {
   float* x = params.x + i * params.v;
   const float shift = params.shift[i], inverse = params.inverse[i];
   const auto scale = scale_of<kCapped>(params.softcap, 1.0f);
-  const int first = blockIdx.y * kNormalizeThreads * kNormalizeColumns + threadIdx.x;
+  for (int begin = blockIdx.y * kNormalizeSpan; begin < params.v;
+       begin += gridDim.y * kNormalizeSpan) {
 #pragma unroll
-  for (int c = 0; c < kNormalizeColumns; ++c) {
-    const int j = first + c * kNormalizeThreads;
-    if (j >= params.v) return;
-    const float centred = logit(to_float(z[j]), scale).value - shift;
-    x[j] = (centred == -INFINITY ? 0.0f : centred) * inverse;
+    for (int c = 0; c < kNormalizeColumns; ++c) {
+      const int j = begin + threadIdx.x + c * kNormalizeThreads;
+      if (j >= params.v) return;
+      const float centred = logit(to_float(z[j]), scale).value - shift;
+      // A row of inverse 0 is 0, whatever is there.
+      x[j] = (centred == -INFINITY || inverse == 0 ? 0.0f : centred) * inverse;
+    }
   }
 }
 
@@ -162,7 +168,7 @@ template <class Z>
 void launch_normalize(const NormalizeParams& params, Stream stream) {
   if (params.n == 0) return;
   const dim3 grid(unsigned(params.n),
-                  unsigned(divide_up(params.v, kNormalizeThreads * kNormalizeColumns)));
+                  unsigned(min(divide_up(params.v, kNormalizeSpan), kMostSpans)));
   launch(params.softcap > 0 ? normalize_kernel<Z, true> : normalize_kernel<Z, false>, grid,
          kNormalizeThreads, 1, 0, stream, params);
 }

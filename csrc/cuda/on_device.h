@@ -31,6 +31,13 @@ struct OnDevice {
   int multiprocessors;
 };
 
+inline void check_float32(const char* function, const char* argument,
+                          const torch::stable::Tensor& tensor) {
+  if (tensor.scalar_type() != torch::headeronly::ScalarType::Float) {
+    throw_bad_argument(function, argument, "float32 on a GPU");
+  }
+}
+
 // f(zero of the element type)
 template <class F>
 void for_dtype(const char* function, const char* argument, const torch::stable::Tensor& tensor,

@@ -26,7 +26,8 @@ struct Extras {
   int unused = 0;
 };
 
-// tanh(x) and its derivative, both with a relative error below 1e-6.
+// tanh(x), with a relative error below 1e-6, and its derivative, below 4e-6 (1e-6 for |x| <= 2):
+// far out, where it vanishes, the rounding of the exponent counts.
 TEMPNET_DEVICE Logit<float> tanh_of(float x) {
   const float y = fabsf(x), s = y * y;
   const float e = exp2_approx(y * Tanh::kRate), r = reciprocal_approx(1 + e);
@@ -37,9 +38,9 @@ TEMPNET_DEVICE Logit<float> tanh_of(float x) {
 
 TEMPNET_DEVICE Logit<float> logit(float z, float) { return {z, 1}; }
 TEMPNET_DEVICE Logit<float> logit(float z, const Capped<float>& scale) {
-  // z / c, rounded once; of an infinite z the remainder is NaN.
+  // z / c, rounded once. One that is infinite has no remainder.
   const float x = z * scale.inverse_c, remainder = fmaf(-x, scale.c, z);
-  const Logit<float> t = tanh_of(remainder == remainder ? fmaf(remainder, scale.inverse_c, x) : x);
+  const Logit<float> t = tanh_of(fabsf(x) < INFINITY ? fmaf(remainder, scale.inverse_c, x) : x);
   return {multiply(scale.c, t.value), t.slope};
 }
 
@@ -198,7 +199,9 @@ TEMPNET_DEVICE Partial reduce_vectors(const uint32_t (&words)[kVectors][kWords],
 #pragma unroll
     for (int j = kColumns<Z> - 1; j >= 0; --j) {
       const float z = Word<Z>::get(best[j / Word<Z>::kCount], j % Word<Z>::kCount);
-      if (z == p.zmax) extras->argmax = first + j;
+      // Capped, a row of -inf has an argmax, and a column that is not the span's is -inf, too.
+      const bool is_held = !is_capped<Scale> || span.holds(first + j);
+      if (z == p.zmax && is_held) extras->argmax = first + j;
     }
   }
   return p;
@@ -331,7 +334,8 @@ TEMPNET_DEVICE Gradient<Scale> gradient_of_row(const Scale& scale, float m, floa
   g.factor = row_scale * c * inverse_s;
   g.uniform = row_scale * label_smoothing * inverse_v;
   const Logit<float> own = logit(z_y, scale);
-  const float p_y = exp2_approx(centred(own.value, factor_of(scale), m)) * inverse_s;
+  float p_y = exp2_approx(centred(own.value, factor_of(scale), m)) * inverse_s;
+  if (inverse_v == 1 && p_y > 0) p_y = 1;  // of one column, exactly
   g.grad_y = row_scale * ((c * p_y - 1) + label_smoothing * (1 - inverse_v)) * own.slope;
   return g;
 }

@@ -13,19 +13,11 @@ namespace {
 using namespace device;
 using torch::stable::Tensor;
 
-float* writable(Tensor& tensor) { return static_cast<float*>(tensor.mutable_data_ptr()); }
-
-void check_float(const char* function, const char* argument, const Tensor& tensor) {
-  if (tensor.scalar_type() != torch::headeronly::ScalarType::Float) {
-    throw_bad_argument(function, argument, "float32 on a GPU");
-  }
-}
-
 Tensor sigmoid_dropout(Tensor pre, Tensor bias, std::optional<Tensor> factor,
                        std::optional<Tensor> key, std::optional<Tensor> ids, int64_t first_row,
                        double probability) {
   const char* const name = "sigmoid_dropout";
-  check_float(name, "pre", pre);
+  check_float32(name, "pre", pre);
   pre = dense(pre), bias = dense(bias), factor = dense(factor);
   const OnDevice on(name, pre);
   Tensor dropped = allocate(pre, {pre.size(0), pre.size(1)});
@@ -41,7 +33,7 @@ Tensor sigmoid_dropout(Tensor pre, Tensor bias, std::optional<Tensor> factor,
   params.first_row = first_row;
   params.threshold = dropout_threshold(probability);
   params.scale = float(1 / (1 - probability));
-  params.dropped = writable(dropped);
+  params.dropped = mutable_data<float>(dropped);
   head::launch_dropout(params, on.stream);
   return dropped;
 }
@@ -49,7 +41,7 @@ Tensor sigmoid_dropout(Tensor pre, Tensor bias, std::optional<Tensor> factor,
 std::tuple<Tensor, Tensor> sigmoid_dropout_bwd(Tensor grad, Tensor dropped,
                                                std::optional<Tensor> factor, double probability) {
   const char* const name = "sigmoid_dropout_bwd";
-  check_float(name, "grad", grad);
+  check_float32(name, "grad", grad);
   grad = dense(grad), dropped = dense(dropped), factor = dense(factor);
   const OnDevice on(name, grad);
   const int64_t n = dropped.size(0), h = dropped.size(1);
@@ -63,8 +55,8 @@ std::tuple<Tensor, Tensor> sigmoid_dropout_bwd(Tensor grad, Tensor dropped,
   params.dropped = data<float>(dropped);
   params.factor = data<float>(factor);
   params.kept = float(1 - probability);
-  params.grad_pre = writable(grad_pre);
-  params.sums = writable(sums);
+  params.grad_pre = mutable_data<float>(grad_pre);
+  params.sums = mutable_data<float>(sums);
   head::launch_dropout_grad(params, on.stream);
   return {grad_pre, sums};
 }
@@ -89,12 +81,12 @@ head::HeadParams head_params(const Tensor& h, const std::optional<Tensor>& norms
 Tensor temperature_head(Tensor h, std::optional<Tensor> norms, Tensor scaler, Tensor weight,
                         Tensor bias, bool squash, double tau_min, double tau_max) {
   const char* const name = "temperature_head";
-  check_float(name, "h", h);
+  check_float32(name, "h", h);
   h = dense(h), norms = dense(norms), weight = dense(weight);
   const OnDevice on(name, h);
   Tensor tau = allocate(h, {h.size(0)});
   head::HeadParams params = head_params(h, norms, scaler, weight, bias, tau_min, tau_max);
-  params.tau = writable(tau);
+  params.tau = mutable_data<float>(tau);
   head::launch_head(params, squash, on.stream);
   return tau;
 }
@@ -104,8 +96,8 @@ std::tuple<Tensor, Tensor> temperature_head_bwd(Tensor grad_tau, Tensor h,
                                                 Tensor weight, Tensor bias, bool squash,
                                                 double tau_min, double tau_max) {
   const char* const name = "temperature_head_bwd";
-  check_float(name, "h", h);
-  check_float(name, "grad_tau", grad_tau);
+  check_float32(name, "h", h);
+  check_float32(name, "grad_tau", grad_tau);
   h = dense(h), norms = dense(norms), weight = dense(weight);
   const OnDevice on(name, h);
   const int64_t n = h.size(0), k = h.size(1);
@@ -114,8 +106,8 @@ std::tuple<Tensor, Tensor> temperature_head_bwd(Tensor grad_tau, Tensor h,
   head::HeadParams params = head_params(h, norms, scaler, weight, bias, tau_min, tau_max);
   params.grad_tau = data<float>(grad_tau);
   params.grad_tau_stride = grad_tau.stride(0);
-  params.grad_h = writable(grad_h);
-  params.sums = writable(sums);
+  params.grad_h = mutable_data<float>(grad_h);
+  params.sums = mutable_data<float>(sums);
   head::launch_head_grad(params, squash, on.stream);
   return {grad_h, sums};
 }

@@ -134,7 +134,9 @@ struct Row {
 };
 
 TEMPNET_DEVICE float softmax_of(float q, float a, const Row& row) {
-  return exp2_approx(fmaf(q, a, -multiply(row.qmax, a))) / row.s;
+  const float m = multiply(row.qmax, a);
+  // What m was rounded by is taken off: where a is large it is no small number.
+  return exp2_approx(fmaf(q, a, -m) - fmaf(row.qmax, a, -m)) / row.s;
 }
 
 // By a warp.

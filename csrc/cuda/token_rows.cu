@@ -46,9 +46,7 @@ std::tuple<Tensor, Tensor> row_scale(Tensor target, std::optional<Tensor> weight
 }
 
 Tensor sum_rows(Tensor rows, std::optional<Tensor> total) {
-  if (rows.scalar_type() != ScalarType::Float) {
-    throw_bad_argument("sum_rows", "rows", "float32 on a GPU");
-  }
+  check_float32("sum_rows", "rows", rows);
   const OnDevice on("sum_rows", rows);
   Tensor sum = allocate(rows, {});
   const float* guard = total ? static_cast<const float*>(total->const_data_ptr()) : nullptr;

@@ -55,7 +55,8 @@ def define(schema, fake, module, chunked=False):
             devices = ("CUDA", "CPU")
         else:
             call = _lazy(name, f"{backend}.{module}")
-            devices = () if backend == "native" else ("CUDA", "CPU")
+            anywhere = ("CompositeExplicitAutograd",)
+            devices = {"native": (), "triton": ("CUDA", "CPU"), "reference": anywhere}[backend]
         for device in devices:
             _library.impl(op, call, device)
         _operators[name, backend] = getattr(getattr(torch.ops.tempnet, name), backend)

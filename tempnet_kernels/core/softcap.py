@@ -1,6 +1,6 @@
 """The softcap c of logits: a loss is taken of z' = c tanh(z / c). 0 stands for none."""
 
-import math
+import numbers
 
 import torch
 
@@ -9,8 +9,15 @@ def check_softcap(function, softcap):
     """As a number, 0 for None."""
     if softcap is None:
         return 0.0
-    if not 0 < softcap < math.inf:
-        raise ValueError(f"{function}: softcap must be a finite number > 0 or None, got {softcap}")
+    if not isinstance(softcap, numbers.Real):
+        raise TypeError(
+            f"{function}: softcap must be a number or None, got {type(softcap).__name__}"
+        )
+    limits = torch.finfo(torch.float32)  # in which the kernels divide by it
+    if not limits.tiny <= softcap <= limits.max:
+        raise ValueError(
+            f"{function}: softcap must be a number > 0 that float32 holds, or None, got {softcap}"
+        )
     return float(softcap)
 
 

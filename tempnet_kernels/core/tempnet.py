@@ -106,4 +106,6 @@ def merged_moments(parts):
     top = shift.amax(0)  # keeps NaN
     # A part whose columns are all -inf has no sums to move. Neither d nor a sum is ever positive.
     d = torch.where(count == 0, 0, shift - top)
-    return top, inverse_norm((squares + d * (count * d + 2 * total)).sum(0))
+    # A total that overflowed is not to be multiplied by 0.
+    moved = torch.where(d == 0, 0, d * (count * d + 2 * total))
+    return top, inverse_norm((squares + moved).sum(0))

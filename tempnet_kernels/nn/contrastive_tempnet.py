@@ -5,7 +5,12 @@ import math
 import torch
 from torch import nn
 
-from tempnet_kernels.core.checks import check_integers, in_backward, temperature_bounds
+from tempnet_kernels.core.checks import (
+    check_floats,
+    check_integers,
+    in_backward,
+    temperature_bounds,
+)
 from tempnet_kernels.core.fields import accumulation_dtype
 from tempnet_kernels.nn.tempnet import reshape_scalar
 from tempnet_kernels.ops.temperature_head import backend_for, of_features
@@ -112,10 +117,11 @@ class ContrastiveTempNet(nn.Module):
             [p.to(acc) for p in parameters],
             *self._mask(features, ids, new_mask),
             (self.tau_min, self.tau_max),
-            backend_for("ContrastiveTempNet", features.device, acc),
+            backend_for(features.device, acc),
         )
 
     def _check(self, features):
+        check_floats("ContrastiveTempNet", "features", features)
         d = self.proj.in_features
         if features.dim() != 2 or features.shape[1] != d:
             raise ValueError(

@@ -16,7 +16,7 @@ from tempnet_kernels.core.softcap import capped, check_softcap
 from tempnet_kernels.nn.tempnet import TemperatureStats, TempNet
 from tempnet_kernels.ops.dro_cross_entropy import dro_cross_entropy
 from tempnet_kernels.ops.linear_dro_cross_entropy import loss_and_temperatures
-from tempnet_kernels.ops.token_rows import Reduction, TokenStats
+from tempnet_kernels.ops.token_rows import Reduction, TokenStats, check_arguments
 
 
 class DROCrossEntropyLoss(SharesGroup, nn.Module):
@@ -104,12 +104,23 @@ class _PredictedTemperatures(nn.Module):
         if vocab_size is not None:
             check_reachable(name, self.rho, vocab_size, "columns")
         self._tau = None
-        self._live = None
+        self._ignored = None
 
     def _check_rho(self, columns):
         """Of this rank's number of columns."""
         vocab_size = columns_of(columns, self.process_group)[1]
         check_reachable(type(self).__name__, self.rho, vocab_size, "columns")
+
+    def _predict(self, logits, target, ignore_index):
+        name = type(self).__name__
+        check_arguments(name, logits, target, None, None, 0.0, 0.0, "mean")
+        self._ignored = target == ignore_index
+        # What is in an ignored row must not reach the network's gradient, not even as 0 * NaN.
+        network = getattr(self.tempnet, "module", self.tempnet)
+        given = {"ignored": self._ignored} if isinstance(network, TempNet) else {}
+        tau = self.tempnet(logits, **given)
+        self._tau = tau.detach()
+        return tau
 
     @property
     def process_group(self) -> "dist.ProcessGroup | None":
@@ -123,7 +134,7 @@ class _PredictedTemperatures(nn.Module):
             name = type(self).__name__
             raise RuntimeError(f"{name}: temperature_stats needs a forward first")
         low, high = self.tempnet.tau_min, self.tempnet.tau_max
-        return TemperatureStats.of(self._tau, low, high, self._live)
+        return TemperatureStats.of(self._tau, low, high, ~self._ignored)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{k}={v!r}" for k, v in {"rho": self.rho, **self.options}.items())
@@ -170,9 +181,7 @@ class TempNetCrossEntropyLoss(_PredictedTemperatures):
         if self.options["softcap"]:
             wide = seen.to(accumulation_dtype(seen.dtype))
             seen = capped(wide, self.options["softcap"]).to(seen.dtype)
-        tau = self.tempnet(seen)
-        self._tau = tau.detach()
-        self._live = target != self.options["ignore_index"]
+        tau = self._predict(seen, target, self.options["ignore_index"])
         return dro_cross_entropy(
             logits, target, tau, self.rho, row_weight=row_weight, normalizer=normalizer,
             process_group=self.process_group, **self.options,
@@ -210,6 +219,7 @@ class TempNetCausalLMLoss(_PredictedTemperatures):
         backend: Backend = "auto",
     ) -> None:
         super().__init__(tempnet, rho)
+        check_softcap("TempNetCausalLMLoss", softcap)
         self.softcap = softcap
         self.chunk_rows = chunk_rows
         self.options: dict[str, Any] = {
@@ -255,14 +265,14 @@ class TempNetCausalLMLoss(_PredictedTemperatures):
         if weight is None:
             self._check_logits(inputs)
             self._check_rho(inputs.shape[-1])
-            tau = self.tempnet(inputs.detach())
+            tau = self._predict(inputs.detach(), target, ignore_index)
             loss = dro_cross_entropy(inputs, target, tau, **options)
         else:
             loss, tau = loss_and_temperatures(
                 inputs, weight, target, self.tempnet, bias=bias, softcap=self.softcap,
                 chunk_rows=self.chunk_rows, **options,
             )  # fmt: skip
-        self._tau, self._live = tau.detach(), target != ignore_index
+            self._tau, self._ignored = tau.detach(), target == ignore_index
         return loss
 
     def _check_logits(self, inputs):

@@ -81,7 +81,7 @@ class PerSampleState(nn.Module):
                     f"the loss of {tuple(value.shape)}"
                 )
             elif value.is_meta or local_metadata.get("assign_to_params_buffers", False):
-                setattr(self, name, loaded.detach().to(torch.float32))
+                setattr(self, name, loaded.detach().to(torch.float32).contiguous())
             else:
                 value.copy_(loaded)
         own = {prefix + name for name in self.initial}

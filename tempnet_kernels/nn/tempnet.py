@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import nn
 
 from tempnet_kernels.core import register
-from tempnet_kernels.core.checks import temperature_bounds, unit_columns
+from tempnet_kernels.core.checks import (
+    check_like,
+    check_rows,
+    temperature_bounds,
+    unit_columns,
+)
 from tempnet_kernels.core.collectives import SharesGroup, all_gather, several, sum_over_ranks
 from tempnet_kernels.core.fields import accumulation_dtype
 from tempnet_kernels.core.tempnet import Head, row_scaling
@@ -153,17 +158,19 @@ class TempNet(SharesGroup, nn.Module):
         self,
         logits: torch.Tensor | None = None,
         *,
+        ignored: torch.Tensor | None = None,
         inside: Callable[["TempNet"], Any] | None = None,
     ) -> Any:
         """logits ``[..., V]`` of a float dtype, of a sharded network this rank's columns ->
         temperatures ``[...]`` in float32 (float64 for a float64 network).
 
+        ignored: ``[...]`` bool, the rows that do not count, whose logits may be anything, NaN too:
+        they have the temperature of a row of zeros, and add nothing to a gradient.
         inside: of :meth:`within`.
         """
         if inside is not None:
             return inside(self)
-        if not isinstance(logits, torch.Tensor):
-            raise TypeError(f"TempNet: logits must be a tensor, got {type(logits).__name__}")
+        check_rows("TempNet", "logits", logits)
         v = self.proj[0].in_features
         if logits.shape[-1] != v:
             raise ValueError(
@@ -175,9 +182,13 @@ class TempNet(SharesGroup, nn.Module):
         z = unit_columns(logits.detach().reshape(-1, v))  # (N, V)
         if acc == torch.float64:
             z = z.to(acc)
-        backend = backend_for("TempNet", z.device, acc)
+        backend = backend_for(z.device, acc)
         shift, inverse = row_scaling(backend, z, self.center == "max", 0.0, self.process_group)
+        if ignored is not None:
+            check_like("TempNet", "ignored", ignored, tuple(logits.shape[:-1]), logits.device)
+            inverse = torch.where(ignored.reshape(-1), 0, inverse)
         x = register.operator("normalized_rows", backend)(z, shift, inverse, 0.0)
+        acc = accumulation_dtype(dtype)
         pre = F.linear(x.to(dtype), self.proj[0].weight).to(acc)  # (N, hidden_size)
         if self.process_group is not None:
             pre = sum_over_ranks(pre, self.process_group)

@@ -236,7 +236,11 @@ def dro_contrastive(
         value, stats, *_ = apply(_DROContrastive, *args)
     else:
         value, stats, *_ = _apply_across_ranks(*args)
-    return (value, ContrastiveStats(*stats.unbind())) if return_stats else value
+    if not return_stats:
+        return value
+    # The backward has them, too: a caller may write into his.
+    stats = stats.clone() if value.requires_grad else stats
+    return value, ContrastiveStats(*stats.unbind())
 
 
 _op = register.operator

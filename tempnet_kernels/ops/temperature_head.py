@@ -27,11 +27,13 @@ from tempnet_kernels.core.tempnet import (
 _op = register.operator
 
 
-def backend_for(network, device, dtype):
-    """The backend of a ``network`` whose sums are in ``dtype``."""
-    if device.type == "cuda" and dtype == torch.float64:
-        return "reference"  # the kernels for a GPU have no float64
-    return register.pick(network, "temperature_head", "auto", device)
+def backend_for(device, dtype):
+    """The backend of a network whose sums are in ``dtype``. Where no kernels are it is the
+    definition: a network has no backend to choose, and its time is its matrix products'."""
+    op, kind = "temperature_head", device.type
+    backend = register.auto_backend(op, kind)
+    without_float64 = kind == "cuda" and dtype == torch.float64
+    return "reference" if without_float64 or register.missing(op, backend, kind) else backend
 
 
 class _AfterFirstLayer(torch.autograd.Function):
@@ -122,7 +124,7 @@ class _OfFeatures(torch.autograd.Function):
 def of_features(features, parameters, key, ids, probability, bounds, backend):
     """The temperatures ``[B]`` of a ContrastiveTempNet with the ``parameters`` proj.weight,
     proj.bias, prototypes, scaler, linear_1.weight, linear_1.bias."""
-    return _OfFeatures.apply(features, key, ids, probability, bounds, backend, *parameters)[0]
+    return apply(_OfFeatures, features, key, ids, probability, bounds, backend, *parameters)[0]
 
 
 def _fake_sigmoid_dropout(pre, bias, factor, key, ids, first_row, probability):
@@ -191,7 +193,8 @@ register.define(
     _fake_row_moments,
     "linear_dro_cross_entropy",
 )
-# The same logits, shift and inverse [N] -> (capped - shift) * inverse [N, V]; a -inf counts as 0.
+# The same logits, shift and inverse [N] -> (capped - shift) * inverse [N, V]; a -inf counts as 0,
+# and a row whose inverse is 0 is 0 whatever it holds.
 register.define(
     "normalized_rows(Tensor logits, Tensor shift, Tensor inverse, float softcap) -> Tensor",
     _fake_normalized_rows,

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 
 from tempnet_kernels.core import register
+from tempnet_kernels.core.autograd import apply
 from tempnet_kernels.core.checks import check_like, check_rows, once_differentiable
 from tempnet_kernels.core.fields import TokenRow
 from tempnet_kernels.core.register import Backend
@@ -110,11 +111,14 @@ def row_scale(target, row_weight, normalizer, ignore_index, reduction, acc, back
     divisor = -1.0
     if isinstance(normalizer, torch.Tensor):
         normalizer = normalizer.to(acc).reshape(1)
+    elif normalizer is not None and torch.compiler.is_compiling():
+        # As an operator's argument every number of tokens would be another graph.
+        normalizer = torch.full((1,), normalizer, dtype=acc, device=target.device)
     elif normalizer is not None:
         normalizer, divisor = None, float(normalizer)
     args = target, normalizer, divisor, ignore_index, mean, acc == torch.float64, backend
     if weight is not None and weight.requires_grad and torch.is_grad_enabled():
-        scale, total = _RowScale.apply(weight, *args)
+        scale, total = apply(_RowScale, weight, *args)
     else:
         scale, total = _scale(weight, *args)
     return scale, (total if mean else None)

@@ -22,10 +22,13 @@ def anchor_states(
     given = positive if positive.numel() else row
     place = given.clamp(0, n - 1)
     log2e = 1 / math.log(2)
-    row_a = torch.where(place == given, log2e / tau_image, math.nan)
-    column_a = tau_text.new_full((n,), NO_ANCHOR).scatter(0, place, log2e / tau_text)
-    pair = torch.full((columns,), -1, dtype=torch.int32, device=text.device)
-    pair = pair.scatter(0, place + begin, row.int())
+    inside = place == given
+    row_a = torch.where(inside, log2e / tau_image, math.nan)
+    # A place outside is no column's: it goes behind the last one.
+    column_a = tau_text.new_full((n + 1,), NO_ANCHOR)
+    column_a = column_a.scatter(0, torch.where(inside, place, n), log2e / tau_text)[:n]
+    pair = torch.full((columns + 1,), -1, dtype=torch.int32, device=text.device)
+    pair = pair.scatter(0, torch.where(inside, place + begin, columns), row.int())[:columns]
     states = [tau_image.new_zeros((AnchorState.FIELDS, size)) for size in (m, columns)]
     for state in states:
         state[AnchorState.M] = EMPTY[state.dtype]

@@ -61,21 +61,21 @@ def start_kernel(
     tl.store(column_a_ptr + own, a, mask=in_columns & (own >= 0) & (own < n))
 
 
-@triton.jit(do_not_specialize=["m", "columns", "begin"])
+@triton.jit(do_not_specialize=["m", "n", "columns", "begin"])
 def pair_columns_kernel(
-    tau_text_ptr, tau_text_stride, column_a_ptr, columns_ptr, positive_ptr, pair_ptr, m, columns,
+    tau_text_ptr, tau_text_stride, column_a_ptr, columns_ptr, given_ptr, pair_ptr, m, n, columns,
     begin, COUNTED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Tells the columns whose pair they are, after ``start_kernel``."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = i < m
-    place = tl.load(positive_ptr + i, mask=inside, other=0)
-    tl.store(pair_ptr + place, i.to(tl.int32), mask=inside)
+    place = tl.load(given_ptr + i, mask=i < m, other=-1)
+    inside = (place >= 0) & (place < n)
+    tl.store(pair_ptr + begin + place, i.to(tl.int32), mask=inside)
     tau = tl.load(tau_text_ptr + i * tau_text_stride, mask=inside, other=1.0)
-    tl.store(column_a_ptr + place - begin, tl.div_rn(LOG2E, tau), mask=inside)
+    tl.store(column_a_ptr + place, tl.div_rn(LOG2E, tau), mask=inside)
     if COUNTED:
         count = tl.zeros([BLOCK], tl.float32) + (m - 1)
-        tl.store(columns_ptr + 3 * columns + place, count, mask=inside)
+        tl.store(columns_ptr + 3 * columns + begin + place, count, mask=inside)
 
 
 @triton.jit
@@ -237,8 +237,9 @@ def anchor_states(
         )  # fmt: skip
         if given:
             pair_columns_kernel[(triton.cdiv(m, BLOCK),)](
-                tau_text, tau_text.stride(0), column_a, columns, place, pair, m, all_n, begin,
-                COUNTED=every_pair and not include_positive, BLOCK=BLOCK, num_warps=NUM_WARPS,
+                tau_text, tau_text.stride(0), column_a, columns, positive, pair, m, n, all_n,
+                begin, COUNTED=every_pair and not include_positive, BLOCK=BLOCK,
+                num_warps=NUM_WARPS,
             )  # fmt: skip
     return row_a, column_a, rows, columns, place, pair
 
@@ -269,6 +270,7 @@ def pair_gradients_(
     images = grad_image.shape[0] if grad_image.numel() else 0
     rows = images + (grad_text.shape[0] if grad_text.numel() else 0)
     d = image.shape[1]
+    image, text = image.contiguous(), text.contiguous()
     if rows and d:
         with device_of(image):
             gradients_kernel[(rows,)](

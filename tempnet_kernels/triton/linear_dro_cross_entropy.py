@@ -32,7 +32,8 @@ def moments_kernel(logits_ptr, logits_stride, moments_ptr, n, v, CENTER: tl.cons
             # Nothing cancels: neither d nor the sum is ever positive.
             higher = tl.maximum(shift, tl.max(z))
             d = tl.where(count == 0, 0.0, shift - higher)
-            squares += d * (count * d + 2 * total)
+            # A total that overflowed is not to be multiplied by 0.
+            squares += tl.where(d == 0, 0.0, d * (count * d + 2 * total))
             total += count * d
             shift = higher
             z = z - shift
@@ -60,7 +61,8 @@ def normalize_kernel(logits_ptr, logits_stride, shift_ptr, inverse_ptr, x_ptr, v
         columns = start + tl.arange(0, BLOCK)
         z = tl.load(logits_ptr + i * logits_stride + columns, mask=columns < v, other=0.0)
         x = softcapped(z.to(tl.float32), columns < v, SOFTCAP)[0] - shift
-        x = tl.where(x == MINUS_INF, 0.0, x) * inverse
+        x = tl.where(x == MINUS_INF, 0.0, x)
+        x = tl.where(inverse == 0, 0.0, x * inverse)  # whatever is there
         tl.store(x_ptr + i * v + columns, x, mask=columns < v)
 
 

@@ -68,8 +68,8 @@ def module_cases(device):
     def batch(dtype):
         x = pairs(n, n, d, dtype)
         inputs = {**{k: x[k] for k in ("image", "text")}, "ids": torch.randperm(2 * n)[:n]}
-        # A sum of products of size 1 / tau that cancel: a unit of theirs, since how far the reference
-        # errs in this one number is luck.
+        # A sum of products of size 1 / tau that cancel: a unit of theirs, since it is luck how far
+        # the reference errs in this one number.
         return inputs, {"grad of logit_scale": 2**-23 / 0.1}
 
     def contrastive(method, backend):

@@ -144,6 +144,15 @@ def test_state_loads_into_a_module_on_meta():
         target = make("isogclr")
     target.load_state_dict(source.state_dict(), assign=True)
     assert torch.equal(target.state.tau_image, source.state.tau_image)
+    # A loaded tensor may be a column of a wider one.
+    columns = {
+        name: torch.stack([value, -value], 1)[:, 0] for name, value in source.state_dict().items()
+    }
+    assert columns["state.tau_image"].stride() == (2,)
+    target.load_state_dict(columns, assign=True)
+    ids = torch.arange(B)
+    names = ("tau_image", "log_s_text")
+    assert torch.equal(target.state.read(names, ids), source.state.read(names, ids))
     with pytest.raises(ValueError, match=r"on the state's meta, got cpu; move the loss with .to\("):
         make("sogclr").to("meta")(*features(), torch.arange(B))
 

@@ -6,7 +6,15 @@ import pytest
 import torch
 
 from tempnet_kernels import dro_cross_entropy
-from tempnet_kernels.nn import DROCrossEntropyLoss, TempNet, TempNetCrossEntropyLoss
+from tempnet_kernels.core import register
+from tempnet_kernels.nn import (
+    ContrastiveTempNet,
+    DROCrossEntropyLoss,
+    TempNet,
+    TempNetCausalLMLoss,
+    TempNetCrossEntropyLoss,
+)
+from tempnet_kernels.reference import temperature_head as reference_head
 from tempnet_kernels.reference.official import official_cross_entropy
 
 V = 50
@@ -108,6 +116,65 @@ def test_bounds_are_honoured():
 def test_dtypes(dtype, logits_dtype):
     tau = make(dtype=dtype).eval()((torch.randn(4, V) * 100).to(logits_dtype))
     assert tau.dtype == dtype and tau.isfinite().all()
+
+
+def test_float64_logits_of_a_float32_network():
+    net, logits = make().eval(), torch.randn(4, V)
+    tau = net(logits.double())
+    assert tau.dtype == torch.float32
+    torch.testing.assert_close(tau, net(logits), rtol=1e-5, atol=0)
+
+
+def test_without_kernels_it_is_the_definition(monkeypatch):
+    net, contrastive = make().eval(), ContrastiveTempNet(8).eval()
+    logits, features = torch.randn(4, V), torch.randn(4, 8)
+    expected = net(logits), contrastive(features)
+    missing = register.missing
+    monkeypatch.setattr(
+        register, "missing", lambda op, backend, device: "not built"
+        if backend != "reference" else missing(op, backend, device),
+    )  # fmt: skip
+    called = []
+    definition = reference_head.temperature_head
+    monkeypatch.setattr(
+        reference_head, "temperature_head", lambda *a: called.append(0) or definition(*a)
+    )
+    for got, same in zip((net(logits), contrastive(features)), expected, strict=True):
+        torch.testing.assert_close(got, same, rtol=1e-5, atol=0)
+    assert len(called) == 2
+
+
+@pytest.mark.parametrize("center", [None, "max"])
+def test_a_row_of_which_a_part_is_masked_by_the_least_number(center):
+    """A mask is as often finfo.min as -inf: at center="max" the squares overflow, and the row is
+    one of zeros."""
+    net, logits = make(center).eval(), torch.randn(2, V)
+    logits[:, : V // 2] = torch.finfo(torch.float32).min
+    assert net(logits).isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["loss", "causal"])
+def test_an_ignored_row_may_hold_anything(kind):
+    """A padded position is NaN where attention had nothing to look at."""
+    net = make("max", dropout=0.0)
+    logits, target = torch.randn(6, V), torch.tensor([1, 2, -100, 4, 5, -100])
+
+    def gradients(logits):
+        net.zero_grad()
+        z = logits.clone().requires_grad_()
+        if kind == "loss":
+            loss = TempNetCrossEntropyLoss(net, 2.0)(z, target)
+        else:
+            loss = TempNetCausalLMLoss(net, 2.0)(z[None], None, shift_labels=target[None])
+        loss.backward()
+        return [loss.detach(), z.grad, *(p.grad.clone() for p in net.parameters())]
+
+    expected = gradients(logits)
+    assert all(x.abs().max() > 0 for x in expected)
+    for bad in (math.nan, math.inf, -math.inf):
+        logits[2] = logits[5] = bad
+        for got, same in zip(gradients(logits), expected, strict=True):
+            assert torch.equal(got, same)
 
 
 def test_half_precision_network():

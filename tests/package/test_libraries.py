@@ -35,6 +35,19 @@ def assert_stable(library):
     assert not unstable
 
 
+def test_an_element_that_a_cpu_kernel_does_not_write_is_nan():
+    """In the tests, which rely on it: of a column that is said to be an anchor's, but no row's, the
+    parameters are nobody's."""
+    m, n = 2, 3
+    rows, columns, one = torch.ones(5, m), torch.ones(5, n), torch.ones(n)
+    nobody, none = torch.zeros(n, dtype=torch.int32), one.new_empty(0)
+    place = torch.arange(m)
+    *_, parameters = torch.ops.tempnet.contrastive_anchors.native(
+        rows, columns, one[:m], one, one[:m], one[:m], place, nobody, none, none, 0, 1.0, 0.5
+    )
+    assert parameters[:, :m].isfinite().all() and parameters[:, m].isnan().all()
+
+
 def test_the_cpu_library_needs_stable_symbols_only():
     assert_stable(register.library("cpu"))
 

@@ -325,6 +325,7 @@ class ContrastiveOperators:
         self, grad_image, grad_text, image_sum, text_sum, image, text, total, positive, pair, unit,
         scale,
     ):  # fmt: skip
+        image, text = image.contiguous(), text.contiguous()
         tensors = {
             "grad_image": grad_image, "grad_text": grad_text, "image_sum": image_sum,
             "text_sum": text_sum, "image": image, "text": text, "total": total,

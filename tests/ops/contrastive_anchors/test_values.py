@@ -65,7 +65,8 @@ def test_a_positive_outside_is_not_followed(op):
     )
     assert row_a.isnan().tolist() == [False, True, True, True]
     assert place.tolist()[:2] == [2, 0] and set(place.tolist()[2:]) == {5}
-    assert pair[2] == 0 and column_a.isfinite().all()
+    assert pair.tolist() == [-1, -1, 0, -1, -1, -1]
+    assert (column_a == definition.NO_ANCHOR).tolist() == [True, True, False, True, True, True]
 
 
 def visited(m, n, include_positive=False):

@@ -44,6 +44,44 @@ def test_small_temperatures_stay_finite(backend, low):
         assert (g - e).norm() <= 4 * torch.finfo(torch.float32).eps / low * e.norm()
 
 
+@pytest.mark.parametrize(
+    "strided",
+    [
+        lambda image, text: torch.stack([image, text], 1).unbind(1),
+        lambda image, text: torch.cat([image, text], 1).chunk(2, 1),
+        lambda image, text: (image.T.contiguous().T, text.T.contiguous().T),
+        lambda image, text: (image, text[:1].expand(text.shape)),
+    ],
+    ids=["unbind", "chunk", "transposed", "expanded"],
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_features_of_any_stride(backend, strided, dtype):
+    """In every operator, that of the positives' share too."""
+    image, text, *taus = make(40, 24)
+    image, text = strided(image.to(dtype), text.to(dtype))
+    assert not (image.is_contiguous() and text.is_contiguous())
+    found, dense = [], []
+    for x, results in (((image, text), found), ((image.clone(), text.clone()), dense)):
+        if results is dense:
+            x = [t.contiguous() for t in x]
+        x = [t.detach().requires_grad_() for t in x]
+        loss = dro_contrastive(*x, *taus, RHO, backend=backend)
+        results += [loss, *torch.autograd.grad(loss, x)]
+    bound = 2e-6 if dtype == torch.float32 else 1e-2
+    for got, expected in zip(found, dense, strict=True):
+        assert (got - expected).abs().max() <= bound * expected.abs().max()
+
+
+def test_statistics_may_be_written_into(backend):
+    got = leaves(make(9))
+    loss, stats = dro_contrastive(*got, RHO, return_stats=True, backend=backend)
+    expected = torch.autograd.grad(dro_contrastive(*got, RHO, backend=backend), got)
+    for x in stats:
+        x.fill_(7.0)
+    for g, e in zip(torch.autograd.grad(loss, got), expected, strict=True):
+        assert torch.equal(g, e)
+
+
 def test_0d_and_number_temperatures(backend):
     image, text, *_ = make(12)
     tau = torch.tensor(0.2, requires_grad=True)

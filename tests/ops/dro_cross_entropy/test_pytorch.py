@@ -5,6 +5,7 @@ import compare
 import pytest
 import torch
 from backends import BACKENDS
+from torch.autograd import forward_ad
 from torch.utils.checkpoint import checkpoint
 
 from tempnet_kernels import dro_cross_entropy
@@ -80,6 +81,33 @@ def test_compile_fullgraph_dynamic(backend, reduction, overwrite, device, monkey
         eager = gradients(function, logits, tau)
         for got, expected in zip(gradients(compiled, logits, tau), eager, strict=True):
             torch.testing.assert_close(got, expected, rtol=1e-6, atol=1e-7)
+
+
+def test_compiled_calls_with_other_numbers_of_tokens_are_one_graph(device):
+    logits, target, _ = make(device)
+    torch._dynamo.reset()
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    compiled = torch.compile(
+        lambda n: dro_cross_entropy(logits, target, normalizer=n), fullgraph=True, backend=count
+    )
+    for n in range(100, 112):
+        torch.testing.assert_close(compiled(n), dro_cross_entropy(logits, target, normalizer=n))
+    assert len(graphs) <= 2
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_forward_mode_raises(grad):
+    """Without gradients no autograd function is entered, which would raise."""
+    logits, target, _ = make("cpu")
+    with forward_ad.dual_level(), torch.set_grad_enabled(grad):
+        dual = forward_ad.make_dual(logits.detach(), torch.ones_like(logits))
+        with pytest.raises(NotImplementedError):
+            dro_cross_entropy(dual, target)
 
 
 def test_compile_with_inductor(device):

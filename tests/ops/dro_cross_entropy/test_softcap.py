@@ -18,7 +18,12 @@ from token_loss import RHO, check, make
 from tempnet_kernels import dro_cross_entropy, linear_dro_cross_entropy
 from tempnet_kernels.core import register
 from tempnet_kernels.core.fields import Moments
-from tempnet_kernels.nn import DROCrossEntropyLoss, TempNet, TempNetCrossEntropyLoss
+from tempnet_kernels.nn import (
+    DROCrossEntropyLoss,
+    TempNet,
+    TempNetCausalLMLoss,
+    TempNetCrossEntropyLoss,
+)
 
 SPREAD = 15.0
 # (N, V, c): one column; ragged; two blocks of a row; nearly every logit at the cap
@@ -134,6 +139,24 @@ def test_argmax_is_the_first_of_the_largest_logits_given(backend, device):
     assert stats.argmax.tolist() == [1400, 17, 0]
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_argmax_of_rows_of_minus_inf_off_16_bytes(backend, dtype, device):
+    """The columns before an unaligned row are read as -inf, too."""
+    logits = torch.full((8, 33), -math.inf, dtype=dtype, device=device)
+    target = torch.zeros(8, dtype=torch.int64, device=device)
+    _, stats = dro_cross_entropy(logits, target, softcap=30.0, return_stats=True, backend=backend)
+    assert (stats.argmax == 0).all()
+
+
+@pytest.mark.parametrize("softcap", [0.5, 1e-3])
+def test_a_logit_that_overflows_over_the_softcap_is_at_the_cap(backend, softcap, device):
+    logits = torch.randn(3, 200, device=device) * softcap
+    logits[0, :50] = torch.finfo(torch.float32).min
+    logits[1, 7] = torch.finfo(torch.float32).max
+    target = torch.tensor([3, 7, 1], device=device)
+    check(backend, logits, target, torch.ones(3, device=device), softcap=softcap)
+
+
 def test_infinite_logits_are_at_the_cap_and_nan_stays(backend, device):
     """As torch.nn.functional.cross_entropy has it of c * tanh(logits / c)."""
     logits = torch.randn(5, 700, device=device) * 4
@@ -168,13 +191,21 @@ def test_gradcheck(backend):
     assert torch.autograd.gradcheck(function, (logits.requires_grad_(), tau))
 
 
-@pytest.mark.parametrize("softcap", [0, -1.0, math.inf, math.nan])
+@pytest.mark.parametrize(
+    "softcap", [0, -1.0, math.inf, math.nan, 1e40, 1e-300, "30", torch.tensor(30.0)], ids=str
+)
 def test_a_bad_softcap_raises(softcap):
     logits, target, _ = make((2, 5))
-    with pytest.raises(ValueError, match=r"dro_cross_entropy: softcap must be a finite number > 0"):
+    number = isinstance(softcap, int | float)
+    error, words = (ValueError, "a number > 0 that float32 holds") if number else (
+        TypeError, f"a number or None, got {type(softcap).__name__}"
+    )  # fmt: skip
+    with pytest.raises(error, match=f"dro_cross_entropy: softcap must be {words}"):
         dro_cross_entropy(logits, target, softcap=softcap)
-    with pytest.raises(ValueError, match=r"DROCrossEntropyLoss: softcap must be a finite number"):
+    with pytest.raises(error, match=f"DROCrossEntropyLoss: softcap must be {words}"):
         DROCrossEntropyLoss(1.0, softcap=softcap)
+    with pytest.raises(error, match=f"TempNetCausalLMLoss: softcap must be {words}"):
+        TempNetCausalLMLoss(TempNet(5), 1.0, softcap=softcap)
 
 
 def test_modules_pass_it_on_and_the_tempnet_sees_capped_logits():

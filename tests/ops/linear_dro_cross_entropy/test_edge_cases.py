@@ -103,7 +103,7 @@ def test_int32_targets(backend, device):
         ("bias shape", ValueError, r"bias must have shape \(40,\), got \(39,\)"),
         ("bias dtype", TypeError, "bias must be torch.float32, got torch.float64"),
         ("target shape", ValueError, r"target must have shape \(6,\), got \(5,\)"),
-        ("softcap", ValueError, "softcap must be a finite number > 0 or None, got -1"),
+        ("softcap", ValueError, "softcap must be a number > 0 that float32 holds, or None, got -1"),
         ("chunk_rows", ValueError, "chunk_rows must be >= 1 or None, got 0"),
         ("tau", ValueError, "tau must be left out where a tempnet predicts it, got 2.0"),
         ("taus", ValueError, r"tau must be left out .*, got a tensor of shape \(6,\)"),

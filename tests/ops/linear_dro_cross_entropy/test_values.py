@@ -17,6 +17,7 @@ from linear_loss import RHO, check, gradients, layer, network, ours, plain
 
 from tempnet_kernels import dro_cross_entropy, linear_dro_cross_entropy
 from tempnet_kernels.chunked import linear_dro_cross_entropy as chunked_linear
+from tempnet_kernels.core import tempnet
 from tempnet_kernels.ops import linear_dro_cross_entropy as linear
 
 
@@ -419,6 +420,27 @@ def test_row_moments_of_capped_logits(backend, v, dtype):
             assert torch.equal(count[:3], torch.full((3,), float(v)))
         exact = torch.where(squares[:, None] == 0, 0, x / x.norm(dim=1, keepdim=True))
         torch.testing.assert_close(normalized.double(), exact, rtol=0, atol=2e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("v", [40, 9000])
+@pytest.mark.parametrize("low", [torch.finfo(torch.bfloat16).min, torch.finfo(torch.float32).min])
+def test_row_moments_of_a_finite_mask(backend, v, low):
+    """The sums overflow, and what has overflowed is not multiplied by a shift of 0."""
+    logits = torch.randn(3, v)
+    logits[0, : v // 2] = low
+    logits[1, v // 2 :] = low
+    logits[2, :-1] = low
+    shift, squares, total, count, inverse = chunked_linear._op("row_moments", backend)(
+        logits, True, 0.0
+    )
+    assert torch.equal(shift, logits.amax(1)) and (count == v).all()
+    assert (squares == torch.inf).all() and (inverse == 0).all()
+    assert not total.isnan().any()
+    for sizes in ((v // 2, v - v // 2), (v - 1, 1)):
+        parts = [chunked_linear._op("row_moments", backend)(p.contiguous(), True, 0.0)[:4]
+                 for p in logits.split(sizes, 1)]  # fmt: skip
+        top, inverse = tempnet.merged_moments(torch.stack(parts))
+        assert torch.equal(top, shift) and (inverse == 0).all()
 
 
 @pytest.mark.parametrize("value", [-torch.inf, torch.inf, torch.nan])

@@ -164,6 +164,17 @@ def test_large_products_stay_finite_and_accurate(backend):
     assert sums.isfinite().all()
 
 
+@pytest.mark.parametrize("squash", [False, True])
+def test_a_tiny_temperature_of_the_softmax(backend, squash):
+    """h over exp(scaler) passes 2^31: the softmax is that of the largest alone."""
+    single, exact = precisions(parameters(30, 40, False))
+    for x in single, exact:
+        x[2].fill_(-22.0)
+    got = operator("temperature_head", backend)(*single, squash, *BOUNDS)
+    plain, expected = (definition.temperature_head(*x, squash, *BOUNDS) for x in (single, exact))
+    assert_within_twice_plain(got, expected, plain)
+
+
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_bad_row_is_nan_and_no_other(backend, value):
     single, _ = precisions(parameters(10, 33, False))
