@@ -121,7 +121,7 @@ struct NormalizeRows {
       T* x = args.x + i * args.v;
       const T shift = args.shift[i], inverse = args.inverse[i];
       const auto scale = scale_of<kCapped>(args.softcap, T(1));
-      if (inverse == 0) {  // whatever is there
+      if (inverse < 0) {  // whatever is there
         std::fill(x, x + args.v, T(0));
         continue;
       }

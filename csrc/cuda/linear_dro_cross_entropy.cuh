@@ -158,8 +158,8 @@ normalize_kernel(TEMPNET_PARAM NormalizeParams params) {
       const int j = begin + threadIdx.x + c * kNormalizeThreads;
       if (j >= params.v) return;
       const float centred = logit(to_float(z[j]), scale).value - shift;
-      // A row of inverse 0 is 0, whatever is there.
-      x[j] = (centred == -INFINITY || inverse == 0 ? 0.0f : centred) * inverse;
+      // A row of a negative inverse is 0, whatever is there.
+      x[j] = centred == -INFINITY || inverse < 0 ? 0.0f : centred * inverse;
     }
   }
 }

@@ -82,6 +82,9 @@ class TempNet(SharesGroup, nn.Module):
     ``load_state_dict`` also takes the full state dict of a model that holds one under ``tempnet.``
     or ``module.tempnet.``, a scaler of shape ``()`` or ``[1]``, and any float dtype.
 
+    It has no second derivative, no ``torch.func.vmap`` and no forward mode. Where no kernels are
+    built it is computed by plain PyTorch.
+
     Source: arXiv 2404.04575; official code ``GPT-2/megatron/model/tempnet.py``.
     """
 
@@ -186,7 +189,7 @@ class TempNet(SharesGroup, nn.Module):
         shift, inverse = row_scaling(backend, z, self.center == "max", 0.0, self.process_group)
         if ignored is not None:
             check_like("TempNet", "ignored", ignored, tuple(logits.shape[:-1]), logits.device)
-            inverse = torch.where(ignored.reshape(-1), 0, inverse)
+            inverse = torch.where(ignored.reshape(-1), -1, inverse)
         x = register.operator("normalized_rows", backend)(z, shift, inverse, 0.0)
         acc = accumulation_dtype(dtype)
         pre = F.linear(x.to(dtype), self.proj[0].weight).to(acc)  # (N, hidden_size)

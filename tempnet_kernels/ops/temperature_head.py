@@ -194,7 +194,7 @@ register.define(
     "linear_dro_cross_entropy",
 )
 # The same logits, shift and inverse [N] -> (capped - shift) * inverse [N, V]; a -inf counts as 0,
-# and a row whose inverse is 0 is 0 whatever it holds.
+# and a row whose inverse is negative is 0 whatever it holds.
 register.define(
     "normalized_rows(Tensor logits, Tensor shift, Tensor inverse, float softcap) -> Tensor",
     _fake_normalized_rows,

@@ -30,7 +30,7 @@ def row_moments(logits, center, softcap):
 def normalized_rows(logits, shift, inverse, softcap):
     x = capped(logits.to(shift.dtype), softcap) - shift[:, None]
     inverse = inverse[:, None]
-    return torch.where((x == -torch.inf) | (inverse == 0), 0, x) * inverse
+    return torch.where((x == -torch.inf) | (inverse < 0), 0, x * inverse)
 
 
 def linear_dro_cross_entropy_fwd(

@@ -62,7 +62,7 @@ def normalize_kernel(logits_ptr, logits_stride, shift_ptr, inverse_ptr, x_ptr, v
         z = tl.load(logits_ptr + i * logits_stride + columns, mask=columns < v, other=0.0)
         x = softcapped(z.to(tl.float32), columns < v, SOFTCAP)[0] - shift
         x = tl.where(x == MINUS_INF, 0.0, x)
-        x = tl.where(inverse == 0, 0.0, x * inverse)  # whatever is there
+        x = tl.where(inverse < 0, 0.0, x * inverse)  # whatever is there
         tl.store(x_ptr + i * v + columns, x, mask=columns < v)
 
 

@@ -199,11 +199,10 @@ def resources(cubin):
         file.write(cubin)
         file.flush()
         text = subprocess.check_output([CUOBJDUMP, "--dump-resource-usage", file.name], text=True)
-        sass = subprocess.check_output([CUOBJDUMP, "--dump-sass", file.name], text=True)
-    registers = int(re.search(r"REG:(\d+)", text).group(1))
-    return registers, len(re.findall(r"\b(?:STL|LDL)\b", sass)), int(
-        re.search(r"STACK:(\d+)", text).group(1)
-    )  # fmt: skip
+    # What spills has its place in the stack's frame.
+    return tuple(
+        int(re.search(rf"{name}:(\d+)", text).group(1)) for name in ("REG", "STACK", "LOCAL")
+    )
 
 
 def clamped(ptx):
@@ -218,7 +217,7 @@ def compile_one(target, kernel, constexprs, num_warps, dtype, aligned):
     code = source(kernel, constexprs, dtype, aligned)
     binary = triton.compile(code, target=target, options=options)
     ptx = binary.asm["ptx"]
-    registers, local, stack = resources(binary.asm["cubin"])
+    registers, stack, local = resources(binary.asm["cubin"])
     exponentials, bounded = clamped(ptx)
     return {
         "registers": registers,

@@ -2,8 +2,7 @@
 kept.
 
 Runs without a GPU: ptxas and cuobjdump come with the triton wheel. The kernels are compiled in a
-    subprocess, since this one
-may be in interpreter mode.
+subprocess, since this one may be in interpreter mode.
 """
 
 import json

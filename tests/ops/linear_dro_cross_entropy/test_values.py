@@ -395,6 +395,8 @@ def test_row_moments(backend, v, center, dtype, request):
     live = [i for i in rows if counted[i].any()]  # of nothing, centred, it is NaN
     assert torch.equal(normalized[live], (expected * inverse[:, None])[live])
     assert normalized[3].isnan().all()
+    none = chunked_linear._op("normalized_rows", backend)(logits, shift, -torch.ones(5), 0.0)
+    assert (none == 0).all()
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
