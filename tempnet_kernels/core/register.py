@@ -195,8 +195,9 @@ def auto_backend(op, device):
     return next((b for b in order if missing(op, b, device) is None), order[0])
 
 
-def pick(function, op, backend, device):
-    """The backend that runs ``op`` on tensors of ``device``."""
+def pick(function, op, backend, device, otherwise=None):
+    """The backend that runs ``op`` on tensors of ``device``; ``otherwise`` where it cannot, or
+    without one an error."""
     if backend != "auto" and backend not in BACKENDS:
         raise ValueError(
             f"{function}: backend must be one of {('auto', *BACKENDS)}, got {backend!r}"
@@ -205,6 +206,8 @@ def pick(function, op, backend, device):
     if key not in _available:
         chosen = auto_backend(op, device.type) if backend == "auto" else backend
         reason = missing(op, chosen, device.type)
+        if reason is not None and otherwise is not None:
+            return otherwise
         if reason is not None:
             raise RuntimeError(
                 f"{function}: backend {chosen!r} cannot run on {device.type} tensors: {reason}"
