@@ -47,6 +47,14 @@ def test_auto_takes_the_first_backend_that_is_built(monkeypatch):
     assert [chosen["cpu", n] for n in (2, 1, 0)] == ["native"] * 3  # slow Triton is no fallback
 
 
+def test_the_definition_runs_on_any_device():
+    """Also one that has no kernels here: a network needs it there."""
+    for op in register._modules:
+        for key in ("CPU", "CUDA", "MPS", "XPU"):
+            name = f"tempnet::{op}.reference"
+            assert torch._C._dispatch_has_computed_kernel_for_dispatch_key(name, key), (op, key)
+
+
 def public_callables():
     """(name, function) of the package and of nn, and of the classes' own methods."""
     for module in (tempnet_kernels, tempnet_kernels.nn):
