@@ -174,6 +174,7 @@ class TempNet(SharesGroup, nn.Module):
         if inside is not None:
             return inside(self)
         check_rows("TempNet", "logits", logits)
+        assert logits is not None  # for a type checker
         v = self.proj[0].in_features
         if logits.shape[-1] != v:
             raise ValueError(
