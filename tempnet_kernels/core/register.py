@@ -182,10 +182,6 @@ def missing(op, backend, device):
     return None
 
 
-# The first call may be a compiled one. torch.compiler.assume_constant_result sets the same, and
-# imports all of torch._dynamo.
-setattr(missing, "_dynamo_marked_constant", True)  # noqa: B010
-
 _available: dict[tuple[str, str, str], str] = {}
 
 
@@ -195,6 +191,25 @@ def auto_backend(op, device):
     return next((b for b in order if missing(op, b, device) is None), order[0])
 
 
+def _found(op, backend, device):
+    """The backend that runs ``op`` on ``device`` where ``backend`` was asked for; None if it
+    cannot."""
+    key = (op, backend, device)
+    if key not in _available:
+        chosen = auto_backend(op, device) if backend == "auto" else backend
+        if missing(op, chosen, device) is not None:
+            return None
+        _available[key] = chosen
+    return _available[key]
+
+
+# The first call may be a compiled one, and what these remember is not to be guarded: the second
+# would be compiled again. torch.compiler.assume_constant_result sets the same, and imports all of
+# torch._dynamo.
+for _function in (missing, _found):
+    setattr(_function, "_dynamo_marked_constant", True)  # noqa: B010
+
+
 def pick(function, op, backend, device, otherwise=None):
     """The backend that runs ``op`` on tensors of ``device``; ``otherwise`` where it cannot, or
     without one an error."""
@@ -202,15 +217,11 @@ def pick(function, op, backend, device, otherwise=None):
         raise ValueError(
             f"{function}: backend must be one of {('auto', *BACKENDS)}, got {backend!r}"
         )
-    key = (op, backend, device.type)
-    if key not in _available:
+    chosen = _found(op, backend, device.type) or otherwise
+    if chosen is None:
         chosen = auto_backend(op, device.type) if backend == "auto" else backend
-        reason = missing(op, chosen, device.type)
-        if reason is not None and otherwise is not None:
-            return otherwise
-        if reason is not None:
-            raise RuntimeError(
-                f"{function}: backend {chosen!r} cannot run on {device.type} tensors: {reason}"
-            )
-        _available[key] = chosen
-    return _available[key]
+        raise RuntimeError(
+            f"{function}: backend {chosen!r} cannot run on {device.type} tensors: "
+            f"{missing(op, chosen, device.type)}"
+        )
+    return chosen
