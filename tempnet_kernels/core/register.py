@@ -12,6 +12,7 @@ import importlib.machinery
 import importlib.util
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Literal
 
@@ -182,7 +183,7 @@ def missing(op, backend, device):
     return None
 
 
-_available: dict[tuple[str, str, str], str] = {}
+_available: dict[tuple[str, str, str, str | None], str] = {}
 
 
 def auto_backend(op, device):
@@ -191,14 +192,19 @@ def auto_backend(op, device):
     return next((b for b in order if missing(op, b, device) is None), order[0])
 
 
-def _found(op, backend, device):
-    """The backend that runs ``op`` on ``device`` where ``backend`` was asked for; None if it
-    cannot."""
-    key = (op, backend, device)
+def _found(op, backend, device, otherwise):
+    """The backend that runs ``op`` on ``device`` where ``backend`` was asked for, ``otherwise`` if
+    it cannot."""
+    key = (op, backend, device, otherwise)
     if key not in _available:
         chosen = auto_backend(op, device) if backend == "auto" else backend
-        if missing(op, chosen, device) is not None:
-            return None
+        reason = missing(op, chosen, device)
+        if reason is not None:
+            if otherwise is None:
+                return None
+            if library(device).exists():  # and is of no use, which nobody may want
+                warnings.warn(f"{op} falls back to {otherwise!r}: {reason}", stacklevel=4)
+            chosen = otherwise
         _available[key] = chosen
     return _available[key]
 
@@ -217,7 +223,7 @@ def pick(function, op, backend, device, otherwise=None):
         raise ValueError(
             f"{function}: backend must be one of {('auto', *BACKENDS)}, got {backend!r}"
         )
-    chosen = _found(op, backend, device.type) or otherwise
+    chosen = _found(op, backend, device.type, otherwise)
     if chosen is None:
         chosen = auto_backend(op, device.type) if backend == "auto" else backend
         raise RuntimeError(

@@ -38,8 +38,8 @@ class ContrastiveTempNet(nn.Module):
     ``dropout_step``, which counts the masks drawn; a state dict without it counts from 0.
     ``load_state_dict`` takes a scaler of shape ``()`` or ``[1]`` in any float dtype.
 
-    It has no second derivative, no ``torch.func.vmap`` and no forward mode. Where no kernels are
-    built it is computed by plain PyTorch.
+    It has no second derivative, no ``torch.func.vmap`` and no forward mode. Where neither the
+    kernels nor Triton is there it is computed by plain PyTorch.
 
     Source: arXiv 2404.04575; official code ``Bimodal_CL/models/losses.py``, class
     ``TempGenerator``.

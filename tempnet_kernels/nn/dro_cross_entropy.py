@@ -1,5 +1,6 @@
 """The token loss as modules."""
 
+import inspect
 from typing import Any
 
 import torch
@@ -82,6 +83,33 @@ class DROCrossEntropyLoss(SharesGroup, nn.Module):
         return ", ".join(f"{k}={v!r}" for k, v in {"rho": self.rho, **self.options}.items())
 
 
+# Where DDP and FSDP, torch.compile, and a wrapper for checkpoints keep what they wrap.
+_WRAPPED = ("module", "_orig_mod", "_checkpoint_wrapped_module")
+
+
+def _layers(tempnet):
+    """``tempnet`` and what it wraps, from the outside in."""
+    layers = [tempnet]
+    while not isinstance(layers[-1], TempNet):
+        within = [getattr(layers[-1], name, None) for name in _WRAPPED]
+        within = [x for x in within if isinstance(x, nn.Module)]
+        if not within:
+            break
+        layers.append(within[0])
+    return layers
+
+
+def _takes_ignored(tempnet):
+    """Whether every layer passes the keyword of :meth:`TempNet.forward` on to one."""
+    layers = _layers(tempnet)
+    every = [inspect.signature(x.forward).parameters for x in layers]
+    passed = all(
+        "ignored" in names or any(x.kind is x.VAR_KEYWORD for x in names.values())
+        for names in every
+    )
+    return passed and isinstance(layers[-1], TempNet)
+
+
 class _PredictedTemperatures(nn.Module):
     """Holds the TempNet, so that an optimizer, DDP and a checkpoint of this module see its
     parameters, and the temperatures of the last batch."""
@@ -98,13 +126,21 @@ class _PredictedTemperatures(nn.Module):
                 f"tempnet_kernels.nn.TempNet(vocab_size) is, got {type(tempnet).__name__}"
             )
         self.tempnet = tempnet
+        self._takes_ignored = _takes_ignored(tempnet)
         self.rho = radius(name, rho, "a tempnet")
         # At once, where the network says its size; and in every forward, since rho may be changed.
-        vocab_size = getattr(getattr(tempnet, "module", tempnet), "vocab_size", None)
+        vocab_size = self._of_network("vocab_size")
         if vocab_size is not None:
             check_reachable(name, self.rho, vocab_size, "columns")
         self._tau = None
         self._ignored = None
+
+    def _of_network(self, attribute):
+        """That of the network, or of the outermost wrapper that has one; None where none has."""
+        for layer in reversed(_layers(self.tempnet)):
+            if hasattr(layer, attribute):
+                return getattr(layer, attribute)
+        return None
 
     def _check_rho(self, columns):
         """Of this rank's number of columns."""
@@ -116,16 +152,17 @@ class _PredictedTemperatures(nn.Module):
         check_arguments(name, logits, target, None, None, 0.0, 0.0, "mean")
         self._ignored = target == ignore_index
         # What is in an ignored row must not reach the network's gradient, not even as 0 * NaN.
-        network = getattr(self.tempnet, "module", self.tempnet)
-        given = {"ignored": self._ignored} if isinstance(network, TempNet) else {}
-        tau = self.tempnet(logits, **given)
+        if self._takes_ignored:
+            tau = self.tempnet(logits, ignored=self._ignored)
+        else:
+            tau = self.tempnet(logits.masked_fill(self._ignored[..., None], 0))
         self._tau = tau.detach()
         return tau
 
     @property
     def process_group(self) -> "dist.ProcessGroup | None":
         """That of ``tempnet.shard``. DDP and FSDP have one of that name, which is another."""
-        network = getattr(self.tempnet, "module", self.tempnet)
+        network = _layers(self.tempnet)[-1]
         return network.process_group if isinstance(network, TempNet) else None
 
     def temperature_stats(self) -> TemperatureStats:
@@ -133,7 +170,7 @@ class _PredictedTemperatures(nn.Module):
         if self._tau is None:
             name = type(self).__name__
             raise RuntimeError(f"{name}: temperature_stats needs a forward first")
-        low, high = self.tempnet.tau_min, self.tempnet.tau_max
+        low, high = self._of_network("tau_min"), self._of_network("tau_max")
         return TemperatureStats.of(self._tau, low, high, ~self._ignored)
 
     def extra_repr(self) -> str:
@@ -148,7 +185,8 @@ class TempNetCrossEntropyLoss(_PredictedTemperatures):
 
     Args:
         tempnet: a module from logits ``[..., V]`` to temperatures ``[...]``, with ``tau_min`` and
-            ``tau_max``.
+            ``tau_max``. Ignored rows may hold anything, NaN too; one that is no :class:`TempNet`,
+            nor wraps one, is given a copy of the logits with zeros there.
         rho: KL radius >= 0 in nats: a temperature falls while its row's KL is below it. The KL of
             V columns is below log V, so that rho must be, too; choose it near the mean ``kl`` of
             ``return_stats``.
@@ -276,7 +314,7 @@ class TempNetCausalLMLoss(_PredictedTemperatures):
         return loss
 
     def _check_logits(self, inputs):
-        network = getattr(self.tempnet, "module", self.tempnet)
+        network = _layers(self.tempnet)[-1]
         if isinstance(network, TempNet) and inputs.shape[-1] != network.proj[0].in_features:
             raise ValueError(
                 f"TempNetCausalLMLoss: inputs must be logits of {network.proj[0].in_features} "

@@ -82,8 +82,8 @@ class TempNet(SharesGroup, nn.Module):
     ``load_state_dict`` also takes the full state dict of a model that holds one under ``tempnet.``
     or ``module.tempnet.``, a scaler of shape ``()`` or ``[1]``, and any float dtype.
 
-    It has no second derivative, no ``torch.func.vmap`` and no forward mode. Where no kernels are
-    built it is computed by plain PyTorch.
+    It has no second derivative, no ``torch.func.vmap`` and no forward mode. Where neither the
+    kernels nor Triton is there it is computed by plain PyTorch.
 
     Source: arXiv 2404.04575; official code ``GPT-2/megatron/model/tempnet.py``.
     """
@@ -180,6 +180,11 @@ class TempNet(SharesGroup, nn.Module):
             raise ValueError(
                 f"TempNet: logits must have {v} columns, got shape {tuple(logits.shape)}"
             )
+        if ignored is not None:
+            if not isinstance(ignored, torch.Tensor) or ignored.dtype != torch.bool:
+                kind = getattr(ignored, "dtype", type(ignored).__name__)
+                raise TypeError(f"TempNet: ignored must be a bool tensor, got {kind}")
+            check_like("TempNet", "ignored", ignored, tuple(logits.shape[:-1]), logits.device)
         dtype = self.proj[0].weight.dtype
         # In float32 for 16-bit logits: the square of a logit above 256 overflows float16.
         acc = torch.promote_types(accumulation_dtype(logits.dtype), dtype)
@@ -189,7 +194,6 @@ class TempNet(SharesGroup, nn.Module):
         backend = backend_for(z.device, acc)
         shift, inverse = row_scaling(backend, z, self.center == "max", 0.0, self.process_group)
         if ignored is not None:
-            check_like("TempNet", "ignored", ignored, tuple(logits.shape[:-1]), logits.device)
             inverse = torch.where(ignored.reshape(-1), -1, inverse)
         x = register.operator("normalized_rows", backend)(z, shift, inverse, 0.0)
         acc = accumulation_dtype(dtype)

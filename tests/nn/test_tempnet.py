@@ -1,9 +1,12 @@
 """TempNet and the loss modules."""
 
 import math
+import warnings
+from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 
 from tempnet_kernels import dro_cross_entropy
 from tempnet_kernels.core import register
@@ -131,6 +134,7 @@ def test_without_kernels_it_is_the_definition(monkeypatch):
     expected = net(logits), contrastive(features)
     missing = register.missing
     monkeypatch.setattr(register, "_available", {})
+    monkeypatch.setattr(register, "library", lambda device: Path("/nowhere"))
     monkeypatch.setattr(
         register, "missing", lambda op, backend, device: "not built"
         if backend != "reference" else missing(op, backend, device),
@@ -176,6 +180,86 @@ def test_an_ignored_row_may_hold_anything(kind):
         logits[2] = logits[5] = bad
         for got, same in zip(gradients(logits), expected, strict=True):
             assert torch.equal(got, same)
+
+
+class Sub(TempNet):
+    def forward(self, logits):
+        return super().forward(logits)
+
+
+class Wrapped(torch.nn.Module):
+    def __init__(self, net):
+        super().__init__()
+        self.module = net
+
+    def forward(self, logits):
+        return self.module(logits)
+
+
+class Constant(torch.nn.Module):
+    """No TempNet at all."""
+
+    tau_min, tau_max = 0.5, 1.5
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.randn(V))
+
+    def forward(self, logits):
+        return 0.5 + torch.sigmoid(logits @ self.weight)
+
+
+@pytest.mark.parametrize(
+    "wrapped",
+    [
+        lambda: Sub(V, 0.5, 1.5, hidden_size=16, dropout=0.0),
+        lambda: Wrapped(make(dropout=0.0)),
+        lambda: torch.compile(make(dropout=0.0), backend="aot_eager"),
+        lambda: checkpoint_wrapper(make(dropout=0.0)),
+        lambda: checkpoint_wrapper(torch.compile(make(dropout=0.0), backend="aot_eager")),
+        Constant,
+    ],
+    ids=["subclass", "wrapper", "compiled", "checkpointed", "both", "other"],
+)
+def test_an_ignored_row_may_hold_anything_whatever_wraps_the_network(wrapped):
+    net = wrapped()
+    loss_fn = TempNetCrossEntropyLoss(net, 2.0)
+    logits, target = torch.randn(6, V), torch.tensor([1, 2, -100, 4, 5, 6])
+    found = []
+    for bad in (0.0, math.nan):
+        logits[2] = bad
+        net.zero_grad()
+        loss_fn(logits, target).backward()
+        found.append([p.grad.clone() for p in net.parameters()])
+    for clean, got in zip(*found, strict=True):
+        assert clean.abs().max() > 0
+        torch.testing.assert_close(got, clean, rtol=1e-5, atol=1e-9)
+    assert 0.5 <= loss_fn.temperature_stats().min <= loss_fn.temperature_stats().max <= 1.5
+
+
+@pytest.mark.parametrize(
+    "ignored, error, words",
+    [
+        ([True] * 4, TypeError, "ignored must be a bool tensor, got list"),
+        (torch.ones(4, dtype=torch.int64), TypeError, "a bool tensor, got torch.int64"),
+        (torch.ones(3, dtype=torch.bool), ValueError, r"ignored must have shape \(4,\)"),
+    ],
+    ids=str,
+)
+def test_a_wrong_mask_of_ignored_rows_is_named(ignored, error, words):
+    with pytest.raises(error, match=f"TempNet: .*{words}"):
+        make()(torch.randn(4, V), ignored=ignored)
+
+
+def test_a_library_that_is_there_and_of_no_use_is_said(monkeypatch):
+    monkeypatch.setattr(register, "_available", {})
+    monkeypatch.setattr(register, "missing", lambda op, backend, device: "it does not load")
+    net, logits = make(), torch.randn(4, V)
+    with pytest.warns(UserWarning, match="falls back to 'reference': it does not load"):
+        net(logits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        net(logits)  # once is enough
 
 
 def test_half_precision_network():
