@@ -135,7 +135,7 @@ def of_draws(count, *args):
 @pytest.mark.parametrize("shape", [(8200, 3)], ids=str, indirect=True)
 def test_a_block_of_many_rows_adds_them_all(backend, shape):
     """More than a CTA holds at a time."""
-    for name, results in of_draws(4, shape, True, True, backend).items():
+    for name, results in of_draws(8, shape, True, True, backend).items():
         assert_within_twice_plain(*results, name)
 
 
