@@ -7,8 +7,9 @@ _unwrap_if_dead = torch._C._functorch.unwrap_if_dead
 
 
 def apply(function, *args):
-    """``function.apply(*args)``. torch's own binds the arguments to the signature of ``forward``
-    anew in every call, for defaults that there may be, which takes longer than a small loss."""
+    """``function.apply(*args)``; without gradients the forward alone. torch's own binds the
+    arguments to the signature of ``forward`` anew in every call, for defaults that there may be,
+    which takes longer than a small loss."""
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return function.apply(*args)
     if not torch.is_grad_enabled() and forward_ad._current_level < 0:

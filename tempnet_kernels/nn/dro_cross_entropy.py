@@ -136,7 +136,7 @@ class _PredictedTemperatures(nn.Module):
         self._ignored = None
 
     def _of_network(self, attribute):
-        """That of the network, or of the outermost wrapper that has one; None where none has."""
+        """That of the network, or else of the innermost wrapper that has one; None without any."""
         for layer in reversed(_layers(self.tempnet)):
             if hasattr(layer, attribute):
                 return getattr(layer, attribute)

@@ -29,8 +29,18 @@ def compile_kernels(architecture, program="compile_triton.py"):
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
-def compiled(request):
+def report(request):
     return compile_kernels(request.param)
+
+
+@pytest.fixture
+def compiled(report):
+    return [kernel for kernel in report if kernel["op"] != "starved"]
+
+
+def test_a_spill_is_seen(report):
+    (starved,) = [kernel for kernel in report if kernel["op"] == "starved"]
+    assert starved["registers"] <= 32 and starved["spills"] > 0
 
 
 def test_no_kernel_spills(compiled):

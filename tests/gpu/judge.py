@@ -47,20 +47,24 @@ def moved(inputs, device, dtype=None):
     }
 
 
-def pairs_of(label, make, function, device, dtypes=DTYPES, backends=BACKENDS):
+def pairs_of(label, make, function, device, dtypes=DTYPES, backends=BACKENDS, draws=1):
     """Cases of ``function(inputs, backend) -> {name: tensor}`` with
-    ``make(dtype) -> (inputs, absolute bounds)``."""
+    ``make(dtype) -> (inputs, absolute bounds)``; of several draws of them together."""
+
+    def of_all(inputs, *args):
+        results = [function(moved(x, *args[:-1]), args[-1]) for x in inputs]
+        return {name: torch.stack([x[name] for x in results]) for name in results[0]}
 
     @functools.cache
     def expected(dtype):
         torch.manual_seed(1)
-        inputs, absolute = make(dtype)
-        exact = function(moved(inputs, "cpu", torch.float64), "reference")
-        return inputs, absolute, exact, function(moved(inputs, "cpu"), "reference")
+        inputs, absolutes = zip(*(make(dtype) for _ in range(draws)), strict=True)
+        exact = of_all(inputs, "cpu", torch.float64, "reference")
+        return inputs, absolutes[0], exact, of_all(inputs, "cpu", "reference")
 
     def case(backend, dtype):
         inputs, absolute, exact, plain = expected(dtype)
-        got = function(moved(inputs, device), backend)
+        got = of_all(inputs, device, backend)
         off = {name for name, x in got.items() if x.device.type != device}
         assert not off, f"{off} are not on the {device}"
         ratio, name = judge(got, exact, plain, absolute)

@@ -67,10 +67,7 @@ def module_cases(device):
 
     def batch(dtype):
         x = pairs(n, n, d, dtype)
-        inputs = {**{k: x[k] for k in ("image", "text")}, "ids": torch.randperm(2 * n)[:n]}
-        # A sum of products of size 1 / tau that cancel: a unit of theirs, since it is luck how far
-        # the reference errs in this one number.
-        return inputs, {"grad of logit_scale": 2**-23 / 0.1}
+        return {**{k: x[k] for k in ("image", "text")}, "ids": torch.randperm(2 * n)[:n]}, {}
 
     def contrastive(method, backend):
         nets = {}
@@ -114,5 +111,7 @@ def module_cases(device):
         alone = label in ("TempNet", "ContrastiveTempNet")
         dtypes, backends = (DTYPES[:1], BACKENDS[2:]) if alone else (DTYPES[:2], BACKENDS)
         function = functools.partial(run, build, names, call)
-        yield from pairs_of(label, make, function, device, dtypes, backends)
+        # The gradient of logit_scale is one number, in which the reference may err by little.
+        draws = 8 if label == "RobustContrastiveLoss clip" else 1
+        yield from pairs_of(label, make, function, device, dtypes, backends, draws)
         yield f"{label} two steps", functools.partial(training, build, make, names, call)
